@@ -1,0 +1,42 @@
+# make demo | test | test-slow | test-latest | prepare | dist | clean      PYTHON=python3.12 to choose the Python of a new .venv
+PYTHON ?= python3
+BIN := .venv/bin
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow test-latest prepare dist clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
+
+demo: .venv/.installed ## train a ResNet on scikit-learn's digits: no download, under a minute
+	@$(BIN)/resnet_fine_tune digits
+	@echo 'For Imagenette, after a download of 1.6 GB: $(BIN)/resnet_fine_tune imagenette'
+
+test: .venv/.installed ## every test that is quick enough for every edit
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow' tests
+
+test-slow: .venv/.installed ## what is real but too long for every edit: whole runs, the tutorials, the built wheel
+	$(BIN)/nbdev_test --n_workers 0 --flags slow --do_print
+	$(BIN)/python -m pytest -m slow tests
+
+test-latest: dist ## tests/ against the built wheel with the newest fastai and torch, in .venv-latest
+	@$(PYTHON) .ci/venv.py .venv-latest --upgrade dist/*.whl pytest pytest-xdist
+	cd .venv-latest && OMP_NUM_THREADS=1 bin/python -m pytest -n 2 -m 'not slow' ../tests
+
+prepare: .venv/.installed ## after editing a notebook: export, clean, README.md, tests
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python .ci/readme.py
+	$(MAKE) test
+
+dist: .venv/.installed ## build the wheel into dist/
+	@rm -rf dist
+	$(BIN)/python -m build -q --wheel --installer uv
+
+clean: ## remove what make made, except .venv and runs/
+	rm -rf dist build *.egg-info .pytest_cache
+
+.venv/.installed: settings.ini setup.py .ci/venv.py
+	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON) is not there: install Python, or name one, as in make demo PYTHON=/path/to/python3' >&2; exit 2; }
+	@$(PYTHON) .ci/venv.py .venv -e '.[dev]'
+	@touch $@
