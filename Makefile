@@ -1,5 +1,6 @@
 # make demo | test | test-slow | test-latest | prepare | dist | clean      PYTHON=python3.12 to choose the Python of a new .venv
 PYTHON ?= python3
+FLAGS ?= slow
 BIN := .venv/bin
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-slow test-latest prepare dist clean
@@ -16,7 +17,7 @@ test: .venv/.installed ## every test that is quick enough for every edit
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow' tests
 
 test-slow: .venv/.installed ## what is real but too long for every edit: whole runs, the tutorials, the built wheel
-	$(BIN)/nbdev_test --n_workers 0 --flags slow --do_print
+	$(BIN)/nbdev_test --n_workers 0 --flags '$(FLAGS)' --do_print
 	$(BIN)/python -m pytest -m slow tests
 
 test-latest: dist ## tests/ against the built wheel with the newest fastai and torch, in .venv-latest

@@ -2,8 +2,8 @@
 
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/resnet_nbdev',
-                'doc_host': 'https://fastai.github.io',
-                'git_url': 'https://github.com/fastai/resnet_nbdev',
+                'doc_host': 'https://resnet-nbdev.github.io',
+                'git_url': 'https://github.com/resnet-nbdev/resnet_nbdev',
                 'lib_path': 'resnet_nbdev'},
   'syms': { 'resnet_nbdev.blocks': { 'resnet_nbdev.blocks.BottleneckBlock': ('blocks.html#bottleneckblock', 'resnet_nbdev/blocks.py'),
                                      'resnet_nbdev.blocks.BottleneckBlock.__init__': ( 'blocks.html#bottleneckblock.__init__',

@@ -113,7 +113,7 @@ CATALOGUE = dict(
     imagenette_320=_imagenette(URLs.IMAGENETTE_320, 341_663_724, presize=320, resize=224, bs=32),
     imagenette_160=_imagenette(URLs.IMAGENETTE_160, 99_003_388, presize=160, resize=128, bs=64),
     digits=dict(url='', bytes=0, images=1_797, labels={str(i): str(i) for i in range(10)}, arch='cifar_resnet8', presize=16, resize=16, bs=64,
-        freeze_epochs=1, epochs=10, base_lr=1e-2, num_workers=0, augment=dict(do_flip=False, max_warp=0.1, max_lighting=0.1),
+        freeze_epochs=1, epochs=12, base_lr=2e-2, num_workers=0, augment=dict(do_flip=False, max_warp=0.1, max_lighting=0.1),
         licence='CC BY 4.0', source='https://archive.ics.uci.edu/dataset/80'))
 
 # the run for a source that says nothing else: the published Imagenette run
