@@ -19,7 +19,9 @@ def plain_errors():
     try: yield
     except (InputError, KeyboardInterrupt, OSError) as e:
         if not is_cli(): raise
-        said = str(e) if isinstance(e, InputError) else 'interrupted' if isinstance(e, KeyboardInterrupt) else f'{e.strerror or e}: {e.filename}'
+        if isinstance(e, InputError): said = str(e).strip().splitlines()[-1].split('InputError: ')[-1] # without a worker's traceback
+        elif isinstance(e, KeyboardInterrupt): said = 'interrupted'
+        else: said = f'{e.strerror or e}: {e.filename}' if e.filename else str(e)
         if sys.stderr.isatty(): print(file=sys.stderr) # a progress bar may stand in this line
         print(f'{Path(sys.argv[0]).name}: {said}', file=sys.stderr)
         sys.exit(2)

@@ -38,7 +38,7 @@ def resnet_learner(
     learn.arch = arch if isinstance(arch, str) else type(arch).__name__
     return learn
 
-# %% ../nbs/04_learner.ipynb #de2748f0
+# %% ../nbs/04_learner.ipynb #4c27d195
 def plot_predictions(
     learn:Learner, # trained on images and classes
     n:int=16, # number of validation images, evenly spread over the set
@@ -51,8 +51,9 @@ def plot_predictions(
     files = [dl.dataset.items[i*len(dl.dataset)//n] for i in range(n)]
     dl = learn.dls.test_dl(files, with_labels=True, bs=min(n, 64), num_workers=0)
     with learn.no_bar(), learn.no_logging(): images,probs,truth = learn.get_preds(dl=dl, with_input=True)
-    normalize = next(o for o in dl.after_batch.fs if isinstance(o, Normalize))
-    images = normalize.decode(images.to(dl.device)).cpu().clamp(0, 1).permute(0, 2, 3, 1)
+    for o in dl.after_batch.fs:
+        if isinstance(o, Normalize): images = o.decode(images.to(dl.device))
+    images = images.cpu().clamp(0, 1).permute(0, 2, 3, 1)
     cols = min(cols, n)
     rows = -(-n//cols)
     fig,axes = plt.subplots(rows, cols, figsize=(cols*size, rows*(size+0.5)), squeeze=False, layout='constrained')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_path', 'free_name', 'make_run', 'write_file', 'write_json', 'versions', 'git_commit', 'describe_device',
-           'plot_history', 'RunRecorder', 'save_figure', 'fine_tune', 'load_run', 'predict']
+           'plot_history', 'RunRecorder', 'save_figure', 'explain_failure', 'fine_tune', 'load_run', 'predict']
 
 # %% ../nbs/05_runs.ipynb #2f4bf6bf
 import json, math, os, platform, subprocess, sys, time
@@ -18,7 +18,7 @@ from fastai.vision.all import Callback, Learner, default_device
 from safetensors.torch import save
 import resnet_nbdev
 from .blocks import InputError
-from .data import check_sizes, find_images, image_loader
+from .data import check_counts, find_images, image_loader
 from .learner import plot_predictions
 from .resnet import ARCHS, ResNet, create_resnet, load_weights, torchvision_state
 
@@ -119,8 +119,8 @@ def plot_history(
 class RunRecorder(Callback):
     "Writes a row of history.csv, metrics.json and the weights after each epoch"
     order = 55 # after fastai's Recorder, which has the losses, and before the progress bar
-    def __init__(self, run:Path, epochs:int):
-        self.folder,self.epochs = run,epochs
+    def __init__(self, run:Path, epochs:int, parameters:int):
+        self.folder,self.epochs,self.parameters = run,epochs,parameters
         self.rows,self.best,self.cycle,self.status = [],None,0,'running'
 
     def before_fit(self): self.cycle += 1
@@ -154,10 +154,10 @@ class RunRecorder(Callback):
 
     def write_metrics(self):
         rows,done = self.history,bool(self.rows)
-        write_json(self.folder/'metrics.json', {'status': self.status, 'epochs': len(rows), 'epochs planned': self.epochs,
+        write_json(self.folder/'metrics.json', {'status': self.status, 'epochs': len(rows), 'epochs_planned': self.epochs,
             'best': self.best[1] if done else None, 'last': self.rows[-1] if done else None,
             'seconds': float(rows.seconds.sum()) if done else 0., 'images/s': float(rows['images/s'].median()) if done else None,
-            'parameters': sum(p.numel() for p in self.learn.model.parameters())})
+            'parameters': self.parameters})
 
     def finish(self, status):
         self.status = status
@@ -170,6 +170,14 @@ def save_figure(fig:plt.Figure, path:Path):
     plt.close(fig)
 
 # %% ../nbs/05_runs.ipynb #ac87c5f6
+def explain_failure(e:BaseException) -> str: # '' for what is not known
+    "What to do about the ways in which training fails for want of memory or of values to normalise"
+    if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and 'memory' in str(e)):
+        return 'the memory of the device does not suffice: choose a smaller batch (bs) or smaller images (presize, resize)'
+    if isinstance(e, ValueError) and 'more than 1 value per channel' in str(e):
+        return 'batch norm has a single value a channel to normalise: choose a larger batch (bs) or larger images (resize)'
+    return ''
+
 def fine_tune(
     learn:Learner, # with `dls` from `get_data`, if the run is to be used by `predict`
     name:str, # name of the run
@@ -178,16 +186,18 @@ def fine_tune(
     base_lr:float=5e-4, # highest learning rate of the first cycle; the second reaches half of it
     *,
     runs:str|Path='runs', # folder of all runs
-    arguments:dict|None=None, # more to record in config.json
+    arguments:dict|None=None, # more to record in config.json, such as the seed
     **kw # handed to `Learner.fine_tune`
 ) -> Learner: # the same learner, after its last epoch, with the run's folder as `learn.run_path`
     "fastai's `fine_tune`, recorded in the folder runs/name"
-    check_sizes(epochs=epochs, **({'freeze_epochs': freeze_epochs} if freeze_epochs else {}))
+    check_counts(epochs=epochs)
+    check_counts(0, freeze_epochs=freeze_epochs)
     if not (0 < base_lr < math.inf): raise InputError(f'base_lr must be a positive number, and is {base_lr}')
     learn.run_path = make_run(run_path(name, runs))
-    recorder = RunRecorder(learn.run_path, freeze_epochs + epochs)
-    write_json(learn.run_path/'config.json', dict(name=name, arch=getattr(learn, 'arch', None), created=datetime.now(timezone.utc).isoformat(timespec='seconds'),
-        arguments={**(arguments or {}), 'freeze_epochs': freeze_epochs, 'epochs': epochs, 'base_lr': base_lr, **kw},
+    recorder = RunRecorder(learn.run_path, freeze_epochs + epochs, sum(p.numel() for p in learn.model.parameters()))
+    arguments = {**(arguments or {}), 'freeze_epochs': freeze_epochs, 'epochs': epochs, 'base_lr': base_lr, **kw}
+    write_json(learn.run_path/'config.json', dict(name=name, arch=getattr(learn, 'arch', None), seed=arguments.get('seed'),
+        created=datetime.now(timezone.utc).isoformat(timespec='seconds'), arguments=arguments,
         versions=versions(), commit=git_commit(), device=describe_device(learn.dls.device), data=getattr(learn.dls, 'info', None)))
     try:
         with learn.added_cbs(recorder):
@@ -199,11 +209,12 @@ def fine_tune(
             recorder.finish('finished')
     except BaseException as e:
         recorder.finish('interrupted' if isinstance(e, KeyboardInterrupt) else 'failed')
+        if (known := explain_failure(e)): raise InputError(known) from e
         raise
     save_figure(plot_predictions(learn), learn.run_path/'predictions.png')
     return learn
 
-# %% ../nbs/05_runs.ipynb #74de2ec9
+# %% ../nbs/05_runs.ipynb #f18aa234
 def load_run(
     run:str|Path, # folder of a run, or its name
     weights:str='best', # 'best' or 'last'
@@ -236,7 +247,7 @@ def predict(
     device=None # None: fastai's default device
 ) -> pd.DataFrame: # image, rank, class, probability; the k most probable classes of each image, best first
     "What the network of a run sees in images"
-    check_sizes(k=k, bs=bs)
+    check_counts(k=k, bs=bs)
     model,config = load_run(run, weights, runs)
     found,data = find_images(images, strict),config['data']
     device = torch.device(default_device() if device is None else device)

@@ -1,0 +1,197 @@
+"""Commands, folders of images, a trained run and a web server for the tests; nothing of the user's home is touched."""
+import atexit
+import http.server
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+import zlib
+from pathlib import Path
+
+HOME = tempfile.mkdtemp(prefix='resnet_nbdev_tests_')
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
+os.environ.update(FASTAI_HOME=HOME, MPLBACKEND='Agg', NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')  # before fastai is imported
+for o in ('RESNET_DATA', 'PYTHONWARNINGS', 'IN_TEST'): os.environ.pop(o, None)
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config): config.addinivalue_line('markers', 'slow: whole runs that take minutes')
+
+
+def script(name): return str(Path(sys.executable).with_name(name))
+
+
+def environment(**env):
+    "The environment of a command: one thread, and `env`, in which None takes a variable away"
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', **env}
+    return {k: v for k, v in env.items() if v is not None}
+
+
+def run_command(*args, cwd, timeout=150, **env):
+    return subprocess.run([script(args[0]), *map(str, args[1:])], cwd=cwd, env=environment(**env), timeout=timeout,
+                          capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def run_cli(tmp_path):
+    "Run a command in `tmp_path`, with more environment variables as keywords"
+    return lambda *args, timeout=150, **env: run_command(*args, cwd=tmp_path, timeout=timeout, **env)
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capfd):
+    "The same without the 5 s of a new process: the script of the command as the main program of this one, in `tmp_path`"
+    def run(*args):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, 'argv', [script(args[0]), *map(str, args[1:])])
+        capfd.readouterr()
+        try:
+            runpy.run_path(sys.argv[0], run_name='__main__')
+            code = 0
+        except SystemExit as e: code = e.code or 0
+        return subprocess.CompletedProcess(sys.argv, code, *capfd.readouterr())
+    return run
+
+
+def check_refusal(run, cwd, args, says, notes, env):
+    state = lambda: sorted((cwd/'runs').rglob('*')) if (cwd/'runs').is_dir() else (cwd/'runs').exists()
+    before = state()
+    done = run(*args, **env)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2, done
+    assert 'Traceback' not in done.stdout + done.stderr, done.stderr
+    assert len(lines) == 1 + notes, done.stderr
+    assert lines[-1].startswith(f'{args[0]}: '), lines
+    for o in says: assert str(o) in lines[-1], (o, lines[-1])
+    assert state() == before, 'a refused command left something in runs/'
+    return done
+
+
+@pytest.fixture
+def refused(run_cli, tmp_path):
+    "Run a command that must end with one sentence on stderr that has all of `says`, exit code 2, and no new run folder"
+    return lambda *args, says, notes=0, **env: check_refusal(run_cli, tmp_path, args, says, notes, env)
+
+
+@pytest.fixture
+def refused_here(run_here, tmp_path):
+    "`refused` without a new process"
+    return lambda *args, says, notes=0: check_refusal(run_here, tmp_path, args, says, notes, {})
+
+
+@pytest.fixture
+def start_cli(tmp_path):
+    "Start a command in a process group of its own, with its output in the files out and err; what still runs is killed"
+    started = []
+
+    def start(*args, **env):
+        with open(tmp_path/'out', 'w') as out, open(tmp_path/'err', 'w') as err:
+            p = subprocess.Popen([script(args[0]), *map(str, args[1:])], cwd=tmp_path, env=environment(**env), stdout=out, stderr=err,
+                                 stdin=subprocess.DEVNULL, start_new_session=True,
+                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background shell ignores it
+        started.append(p)
+        return p
+    yield start
+    for p in started:
+        try: os.killpg(p.pid, signal.SIGKILL)
+        except ProcessLookupError: pass
+        p.wait(10)
+
+
+def noise(seed, size=20): return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def make_folder(dest, classes=('cat', 'dog'), train=8, val=4):
+    "A folder in Imagenette's layout with PNG files of noise"
+    for split, n in (('train', train), ('val', val)):
+        for c in classes:
+            (dest/split/c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(noise(zlib.crc32(f'{split}{c}{i}'.encode()))).save(dest/split/c/f'{i}.png')
+    return dest
+
+
+@pytest.fixture
+def folder(tmp_path): return make_folder(tmp_path/'pets')
+
+
+@pytest.fixture
+def broken_files(folder):
+    "`folder` with an empty file, a text and half a JPEG among its images; the three, in the order of their names"
+    train = folder/'train'/'cat'
+    (train/'empty.png').touch()
+    Image.fromarray(noise(0, 60)).save(train/'half.jpg')
+    content = (train/'half.jpg').read_bytes()
+    (train/'half.jpg').write_bytes(content[:len(content)//2])
+    (train/'text.jpg').write_text('no picture\n')
+    return [train/o for o in ('empty.png', 'half.jpg', 'text.jpg')]
+
+
+@pytest.fixture(scope='session')
+def digits_run(tmp_path_factory):
+    "The folder of a finished run: resnet_fine_tune digits --epochs 2"
+    cwd = tmp_path_factory.mktemp('digits')
+    done = run_command('resnet_fine_tune', 'digits', '--epochs', 2, cwd=cwd)
+    assert done.returncode == 0 and not done.stderr, done
+    return cwd/'runs'/'digits-cifar_resnet8'
+
+
+@pytest.fixture
+def run_copy(digits_run, tmp_path):
+    "A copy of `digits_run` to damage, known as 'mine' in `tmp_path`"
+    return Path(shutil.copytree(digits_run, tmp_path/'runs'/'mine'))
+
+
+@pytest.fixture(scope='session')
+def digit_files(digits_run):
+    "Validation images of the digits, one for each class"
+    return [sorted((Path(HOME)/'data'/'digits'/'val'/str(c)).iterdir())[0] for c in range(10)]
+
+
+def imagenette_zip():
+    path = Path(os.environ.get('RESNET_SHARED') or ROOT.parent/'shared'/'data')/'imagenette2-160.zip'
+    if not path.is_file(): pytest.skip(f'there is no {path}: set RESNET_SHARED to the folder of imagenette2-160.zip')
+    return path
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory):
+    "24 training and 8 validation photos of each class of Imagenette, under their official names"
+    dest, taken = tmp_path_factory.mktemp('photos'), {}
+    with zipfile.ZipFile(imagenette_zip()) as z:
+        for name in sorted(o for o in z.namelist() if o.endswith('.JPEG')):
+            place = name.rsplit('/', 1)[0]
+            taken[place] = taken.get(place, 0) + 1
+            if taken[place] <= (24 if '/train/' in name else 8): z.extract(name, dest)
+    return dest/'imagenette2-160'
+
+
+@pytest.fixture
+def web():
+    "A web server on this machine: put {path: bytes or (bytes, length that the header claims)} into .pages; .url is its address"
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            page = self.server.pages.get(self.path.lstrip('/'))
+            if page is None: return self.send_error(404)
+            content, length = page if isinstance(page, tuple) else (page, len(page))
+            self.send_response(200)
+            self.send_header('Content-Length', str(length))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args): pass
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    server.pages, server.url = {}, f'http://127.0.0.1:{server.server_port}/'
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,382 @@
+"""What users get wrong: one sentence, exit code 2 and nothing left behind; through the real commands once for each kind."""
+import io
+import json
+import math
+import os
+import socket
+import tarfile
+from pathlib import Path
+
+import pytest
+from resnet_nbdev.blocks import InputError
+from resnet_nbdev.cli import resnet_fine_tune
+from resnet_nbdev.data import CATALOGUE, data_path, find_images, get_data
+from resnet_nbdev.resnet import ARCHS
+from resnet_nbdev.runs import fine_tune, load_run, predict, run_path
+
+
+
+SMALL = ['--arch', 'cifar_resnet8', '--presize', 16, '--resize', 16, '--bs', 4, '--epochs', 1, '--freeze_epochs', 0, '--workers', 0]
+small = dict(arch='cifar_resnet8', presize=16, resize=16, bs=4, epochs=1, freeze_epochs=0, workers=0)
+
+
+def refuses(says, call, *args, **kw):
+    "In Python, the same sentence is an `InputError`"
+    with pytest.raises(InputError) as e: call(*args, **kw)
+    assert '\n' not in str(e.value)
+    for o in [says] if isinstance(says, str) else says: assert o in str(e.value), (o, str(e.value))
+
+
+# names of datasets, networks, folders
+
+def test_no_dataset(refused): refused('resnet_fine_tune', says=['name a dataset', 'resnet_fine_tune digits', '--data PATH'])
+
+
+def test_unknown_dataset(refused): refused('resnet_fine_tune', 'imagenet', says=["unknown dataset 'imagenet'", 'no such folder', *CATALOGUE])
+
+
+def test_unknown_arch(refused_here): refused_here('resnet_fine_tune', 'digits', '--arch', 'resnet19', says=["unknown arch 'resnet19'", *ARCHS])
+
+
+@pytest.mark.parametrize('missing', ['train', 'val'])
+def test_folder_without_train_or_val(missing, folder):
+    (folder/missing).rename(folder/'other')
+    refuses([str(folder), f'has no folder {missing}/', 'train/<class>/ and val/<class>/'], get_data, folder)
+
+
+def test_folder_without_train(refused_here, tmp_path):
+    (tmp_path/'mine'/'val'/'cat').mkdir(parents=True)
+    refused_here('resnet_fine_tune', '--data', 'mine', says=['mine has no folder train/', 'train/<class>/ and val/<class>/'])
+
+
+def test_data_that_is_a_file_or_absent(folder, tmp_path):
+    (tmp_path/'set.zip').write_bytes(b'x')
+    refuses([f'there is no folder {tmp_path}/set.zip', '(it is a file)'], get_data, tmp_path/'set.zip')
+    refuses(['absent', 'no such folder'], get_data, 'imagenette', path=tmp_path/'absent')
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_split_without_images(split, folder):
+    for f in (folder/split).rglob('*.png'): f.unlink()
+    refuses(f'{folder} has no images in {split}/' if split == 'val' else ['no images in train/'], get_data, folder, 16, 16, 4)
+
+
+def test_class_only_in_val(refused_here, folder):
+    for f in (folder/'train'/'dog').iterdir(): f.unlink()
+    refused_here('resnet_fine_tune', folder, *SMALL, says=[folder, 'images of dog in val/ and none in train/'])
+
+
+def test_class_with_only_bad_files(folder, capsys):
+    for f in (folder/'train'/'dog').iterdir(): f.write_bytes(b'bad')
+    refuses(['images of dog in val/ and none in train/'], get_data, folder, 16, 16, 4)
+    assert 'Left out 8 of 24 files' in capsys.readouterr().err
+
+
+def test_class_with_only_bad_files_by_command(refused_here, folder):
+    for f in (folder/'train'/'dog').iterdir(): f.write_bytes(b'bad')
+    done = refused_here('resnet_fine_tune', folder, *SMALL, says=['images of dog in val/ and none in train/'], notes=1)
+    assert done.stderr.startswith('Left out 8 of 24 files that are no readable images: ')
+
+
+# files that are no images
+
+def test_bad_files_are_left_out_and_training_goes_on(run_cli, folder, broken_files, tmp_path):
+    done = run_cli('resnet_fine_tune', folder, *SMALL, '--name', 'mine')
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith('Left out 3 of 27 files that are no readable images: ') and done.stderr.count('\n') == 1
+    for f in broken_files: assert f'{f} (' in done.stderr
+    assert '16 training and 8 validation images of 2 classes' in done.stdout
+    assert json.loads((tmp_path/'runs'/'mine'/'config.json').read_text())['data']['skipped'] == 3
+
+
+def test_bad_files_are_refused_with_strict(refused_here, folder, broken_files):
+    refused_here('resnet_fine_tune', folder, *SMALL, '--strict', says=['3 of 27 files are no readable images', *broken_files])
+
+
+def test_file_that_goes_bad_after_the_check(folder):
+    "A sentence also where a worker process finds it, and not the worker's traceback"
+    dls = get_data(folder, 16, 16, 4, num_workers=1)
+    for f in (folder/'train').rglob('*.png'): f.write_bytes(b'bad')
+    refuses('is no readable image', lambda: list(dls.train))
+
+
+# numbers
+
+@pytest.mark.parametrize('what', ['presize', 'resize', 'epochs', 'bs', 'max_per_class'])
+@pytest.mark.parametrize('value', [0, -1])
+def test_counts_below_one(what, value, folder, tmp_path):
+    refuses(f'{what} must be a whole number of at least 1, and is {value}', resnet_fine_tune, str(folder), runs=str(tmp_path/'runs'),
+            **{**small, what: value})
+    assert not (tmp_path/'runs').exists()
+
+
+def test_no_epochs(refused_here, folder): refused_here('resnet_fine_tune', folder, *SMALL, '--epochs', 0, says=['epochs must be', 'and is 0'])
+
+
+def test_negative_resize(refused_here): refused_here('resnet_fine_tune', 'digits', '--resize', -8, says=['resize must be', 'and is -8'])
+
+
+@pytest.mark.parametrize('kw', [dict(epochs=0), dict(freeze_epochs=-1), dict(base_lr=math.nan), dict(max_per_class=0), dict(workers=-1), dict(bs=0)])
+def test_numbers_are_looked_at_before_a_download(kw, monkeypatch, tmp_path):
+    def download(url): raise AssertionError('a download of 1.6 GB began')
+    monkeypatch.setattr('resnet_nbdev.data.untar_data', download)
+    refuses(f'{next(iter(kw))} must', resnet_fine_tune, 'imagenette', runs=str(tmp_path/'runs'), **kw)
+
+
+def test_negative_workers(folder, tmp_path):
+    refuses(['workers must', '-1'], resnet_fine_tune, str(folder), runs=str(tmp_path/'runs'), **{**small, 'workers': -1})
+
+
+def test_negative_freeze_epochs(folder, tmp_path):
+    refuses(['freeze_epochs must', '-1'], resnet_fine_tune, str(folder), runs=str(tmp_path/'runs'), **{**small, 'freeze_epochs': -1})
+    assert not (tmp_path/'runs').exists()
+
+
+def test_no_freeze_epochs(folder, tmp_path):
+    "0 is allowed: one cycle only"
+    resnet_fine_tune(str(folder), runs=str(tmp_path/'runs'), name='mine', **small)
+    lines = (tmp_path/'runs'/'mine'/'history.csv').read_text().splitlines()
+    assert len(lines) == 2 and lines[1].startswith('1,1,')
+
+
+@pytest.mark.parametrize('value', [0, -1e-3, math.nan, math.inf])
+def test_learning_rate(value, folder, tmp_path):
+    refuses(f'base_lr must be a positive number, and is {value}', resnet_fine_tune, str(folder), runs=str(tmp_path/'runs'), base_lr=value, **small)
+    assert not (tmp_path/'runs').exists()
+
+
+def test_learning_rate_by_command(refused, folder):
+    refused('resnet_fine_tune', folder, *SMALL, '--base_lr', 'nan', says=['base_lr must be a positive number, and is nan'])
+
+
+def test_batch_larger_than_the_set(refused_here, folder):
+    refused_here('resnet_fine_tune', folder, *SMALL, '--bs', 17, says=['a batch of 17', '16 images', 'smaller bs'])
+
+
+def test_batch_of_one_on_one_pixel(refused_here, folder):
+    "Batch norm needs two values a channel: a sentence, since a smaller --bs or --resize is how one gets here"
+    refused_here('resnet_fine_tune', folder, *SMALL, '--arch', 'resnet18', '--bs', 1, says=['bs'])
+
+
+def test_seed_out_of_range(refused_here, tmp_path):
+    refused_here('resnet_fine_tune', 'digits', '--seed', 2**32, says=['seed', str(2**32 - 1), str(2**32)])
+    refuses(['seed', '-1'], resnet_fine_tune, 'digits', seed=-1, runs=str(tmp_path/'runs'))
+
+
+def test_not_a_number(run_here):
+    "argparse's own error: usage and a sentence"
+    done = run_here('resnet_fine_tune', 'digits', '--epochs', 'many')
+    assert done.returncode == 2 and "argument --epochs: invalid int value: 'many'" in done.stderr.splitlines()[-1]
+    assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize('device', ['toaster', 'cuda:99', 'xpu', 'hpu', 'mps:x'])
+def test_unknown_device(device, tmp_path):
+    refuses(f'the device {device!r} is not there', resnet_fine_tune, 'digits', device=device, runs=str(tmp_path/'runs'))
+
+
+def test_unknown_device_by_command(refused_here): refused_here('resnet_fine_tune', 'digits', '--device', 'toaster', says=["the device 'toaster' is not there"])
+
+
+# where a run goes
+
+@pytest.mark.parametrize('name', ['', 'a/b', 'a/', '/tmp', '..', '.', '.hidden', '../up'])
+def test_name_of_a_run(name, tmp_path): refuses(['plain name', repr(name)], run_path, name, tmp_path)
+
+
+def test_name_with_slash(refused_here): refused_here('resnet_fine_tune', 'digits', '--name', 'a/b', says=['plain name', "'a/b'"])
+
+
+def test_existing_run(refused, tmp_path):
+    (tmp_path/'runs'/'mine').mkdir(parents=True)
+    refused('resnet_fine_tune', 'digits', '--name', 'mine', says=['runs/mine exists already', 'another name'])
+
+
+def test_runs_that_is_a_file(refused_here, tmp_path):
+    (tmp_path/'results').write_text('mine\n')
+    refused_here('resnet_fine_tune', 'digits', '--runs', 'results', says=['results/digits-cifar_resnet8 cannot be made', f'{tmp_path}/results is no folder'])
+    assert (tmp_path/'results').read_text() == 'mine\n'
+
+
+def test_runs_without_permission(refused_here, folder, tmp_path):
+    "/proc stands in where the user is root, who may write everywhere else"
+    if os.geteuid(): (runs := tmp_path/'closed').mkdir(mode=0o500)
+    else: runs = Path('/proc/nothing')
+    refused_here('resnet_fine_tune', folder, *SMALL, '--name', 'mine', '--runs', runs, says=[f'the run folder {runs}/mine cannot be'])
+
+
+def test_full_disk(run_cli, start_cli, folder, tmp_path):
+    "A file size limit stands in: the weights (300 kB) cannot be written; the run says so and keeps what it has"
+    import resource
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))
+    try: p = start_cli('resnet_fine_tune', folder, *SMALL, '--name', 'mine')
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert p.wait(100) == 2, (tmp_path/'err').read_text()
+    said = (tmp_path/'err').read_text()
+    assert said.startswith('resnet_fine_tune: ') and said.count('\n') == 1
+    assert 'File too large' in said and 'runs/mine' in said and 'None' not in said
+    run = tmp_path/'runs'/'mine'
+    assert json.loads((run/'metrics.json').read_text())['status'] == 'failed'
+    assert sorted(o.name for o in run.iterdir()) == ['config.json', 'metrics.json']
+
+
+# the network
+
+def test_no_network(refused, tmp_path):
+    "The address, and how to give a local copy; no part of an archive is left"
+    dead = 'http://127.0.0.1:9'
+    refused('resnet_fine_tune', 'imagenette', says=[CATALOGUE['imagenette']['url'], 'could not be fetched', '--data', 'RESNET_DATA'],
+            FASTAI_HOME=str(tmp_path/'home'), http_proxy=dead, https_proxy=dead, HTTPS_PROXY=dead, no_proxy=None, NO_PROXY=None)
+    assert not [o for o in (tmp_path/'home').rglob('*') if o.is_file() and o.name not in ('config.ini', 'imagenette2.tgz.lock')]
+
+
+def archive(folder):
+    f = io.BytesIO()
+    with tarfile.open(fileobj=f, mode='w:gz') as t: t.add(folder, folder.name)
+    return f.getvalue()
+
+
+def test_download(web, folder):
+    web.pages['pets.tgz'] = archive(folder)
+    assert get_data(f'{web.url}pets.tgz', 16, 16, 4, num_workers=0).info['train'] == 16
+    web.pages.clear()
+    assert data_path(f'{web.url}pets.tgz').is_dir(), 'the second time needs no network'
+
+
+def broken(content): return dict(half=content[:len(content)//2], cut=(content[:len(content)//2], len(content)), page=b'<html>no archive</html>')
+
+
+@pytest.mark.parametrize('kind', ['half', 'cut', 'page'])
+def test_broken_download(kind, web, folder):
+    "A sentence the first time; the second time, with a whole archive, it works"
+    url, content = f'{web.url}{kind}.tgz', archive(folder.rename(folder.with_name(kind)))
+    web.pages[f'{kind}.tgz'] = broken(content)[kind]
+    refuses([f'{url} could not be fetched', '--data', 'RESNET_DATA'], data_path, url)
+    web.pages[f'{kind}.tgz'] = content
+    assert get_data(url, 16, 16, 4, num_workers=0).info['train'] == 16
+
+
+def test_archive_that_is_not_there(web):
+    "The server's error page is no part of the sentence"
+    refuses([f'{web.url}no.tgz could not be fetched', '--data'], data_path, f'{web.url}no.tgz')
+
+
+@pytest.mark.parametrize('url', ['http://[', 'https://[x]/a.tgz'])
+def test_address_that_is_none(url):
+    refuses(url, data_path, url)
+    refuses(url, find_images, [url])
+
+
+# runs that cannot be used
+
+def test_unknown_run(refused_here, run_copy): refused_here('resnet_predict', 'yours', 'a.png', says=['there is no run yours', 'runs/ has mine'])
+
+
+def test_unknown_run_without_runs(tmp_path): refuses(['there is no run mine', str(tmp_path)], load_run, 'mine', runs=tmp_path)
+
+
+def test_run_without_weights(refused_here, run_copy, digit_files):
+    (run_copy/'best.safetensors').unlink()
+    refused_here('resnet_predict', 'mine', digit_files[0], says=['runs/mine has no best.safetensors', 'no epoch of it was finished'])
+    assert len(predict(run_copy, digit_files[0], weights='last')) == 3
+
+
+def test_corrupt_config(refused_here, run_copy, digit_files):
+    (run_copy/'config.json').write_text('{"name": "mine", "arch')
+    refused_here('resnet_predict', 'mine', digit_files[0], says=['runs/mine/config.json is not readable'])
+
+
+@pytest.mark.parametrize('content', [b'', b'\xff\xfe\0', b'[]', b'3', b'null', b'{}', b'{"arch": "cifar_resnet8"}', b'{"arch": ["cifar_resnet8"], "data": {}}',
+                                     b'{"arch": "cifar_resnet8", "data": 1}', b'{"arch": "cifar_resnet8", "data": {"vocab": ["1", "2"]}}',
+                                     b'{"arch": "cifar_resnet8", "data": {"presize": 16, "resize": 16, "augment": {}}}'])
+def test_config_of_something_else(content, run_copy, digit_files):
+    (run_copy/'config.json').write_bytes(content)
+    refuses(str(run_copy), predict, run_copy, digit_files[0])
+
+
+@pytest.mark.parametrize('kept', [0, 7, 1000, 300_000])
+def test_truncated_weights(kept, run_copy):
+    path = run_copy/'best.safetensors'
+    path.write_bytes(path.read_bytes()[:kept])
+    refuses(f'{path} is not a readable .safetensors file', load_run, run_copy)
+
+
+def test_truncated_weights_by_command(refused, run_copy, digit_files):
+    path = run_copy/'best.safetensors'
+    path.write_bytes(path.read_bytes()[:100_000])
+    refused('resnet_predict', 'mine', digit_files[0], says=['runs/mine/best.safetensors is not a readable .safetensors file'])
+
+
+def test_unknown_weights(digits_run): refuses(["'best' or 'last'", "'worst'"], load_run, digits_run, 'worst')
+
+
+# images that cannot be used
+
+def test_missing_image(refused_here, run_copy, digit_files):
+    refused_here('resnet_predict', 'mine', digit_files[0], 'absent.png', says=['there is no file or folder absent.png'])
+
+
+def test_bad_image(refused_here, run_copy, tmp_path):
+    (tmp_path/'bad.png').write_bytes(b'no picture')
+    refused_here('resnet_predict', 'mine', 'bad.png', says=['bad.png is no readable image'])
+
+
+def test_empty_folder(digits_run, tmp_path): refuses(f'there is no readable image in {tmp_path}', predict, digits_run, tmp_path)
+
+
+def test_no_image(digits_run): refuses('no image was given', predict, digits_run, [])
+
+
+@pytest.mark.parametrize('kw', [dict(k=0), dict(k=-1), dict(bs=0)])
+def test_counts_of_predict(kw, digits_run, digit_files):
+    refuses([next(iter(kw)), 'at least 1'], predict, digits_run, digit_files[0], **kw)
+
+
+def test_no_classes_asked_for(refused_here, digits_run, digit_files):
+    refused_here('resnet_predict', digits_run, digit_files[0], '--k', 0, says=['k must be a whole number of at least 1, and is 0'])
+
+
+def test_unreachable_address(refused_here, digits_run):
+    with socket.create_server(('127.0.0.1', 0)) as s: url = f'http://127.0.0.1:{s.getsockname()[1]}/photo.png'
+    refused_here('resnet_predict', digits_run, url, says=[url, 'could not be fetched', 'give the file'])
+
+
+def test_address_without_a_picture(web, digits_run):
+    "The address and the reason: a 404 is mended in another way than a dead network"
+    web.pages['page.html'] = b'<html>no picture</html>'
+    refuses([f'{web.url}absent.png could not be fetched', '404'], predict, digits_run, f'{web.url}absent.png')
+    refuses([f'{web.url}page.html', 'no readable image'], predict, digits_run, f'{web.url}page.html')
+
+
+def test_address_that_breaks_off(web, digits_run):
+    web.pages['cut.png'] = b'\x89PNG', 1000
+    refuses([f'{web.url}cut.png could not be fetched'], predict, digits_run, f'{web.url}cut.png')
+
+
+def test_folder_with_a_bad_file(run_cli, refused_here, run_copy, digit_files, tmp_path):
+    (tmp_path/'mix').mkdir()
+    (tmp_path/'mix'/'a.png').write_bytes(digit_files[4].read_bytes())
+    (tmp_path/'mix'/'b.png').write_bytes(b'no picture')
+    (tmp_path/'mix'/'notes.txt').write_text('no image, and none by its name')
+    done = run_cli('resnet_predict', 'mine', 'mix')
+    assert done.returncode == 0 and 'mix/a.png' in done.stdout and 'b.png' not in done.stdout
+    assert done.stderr.startswith('Left out 1 of 2 files that are no readable images: mix/b.png (') and done.stderr.count('\n') == 1
+    refused_here('resnet_predict', 'mine', 'mix', '--strict', says=['1 of 2 files are no readable images: mix/b.png ('])
+
+
+def test_json_and_table_say_the_same(run_cli, run_here, digits_run, digit_files, web):
+    "For a file and an address; with 12 classes asked for, the 10 that there are"
+    web.pages['seven.png'] = digit_files[7].read_bytes()
+    args = 'resnet_predict', digits_run, digit_files[3], f'{web.url}seven.png', '--k', 12
+    table, data = run_cli(*args), run_here(*args, '--json')
+    assert (table.returncode, data.returncode, table.stderr, data.stderr) == (0, 0, '', '')
+    found = json.loads(data.stdout)
+    assert [o['image'] for o in found] == [str(digit_files[3]), f'{web.url}seven.png']
+    rows = [o.split() for o in table.stdout.splitlines()[1:]]
+    want = [[o['image']]*(i == 0) + [p['class'], f"{p['probability']:.4f}"] for o in found for i, p in enumerate(o['predictions'])]
+    assert rows == want and len(want) == 20
+    for o in found:
+        probs = [p['probability'] for p in o['predictions']]
+        assert probs == sorted(probs, reverse=True) and abs(sum(probs) - 1) < 1e-5
+    assert found[1]['predictions'][0]['class'] == '7'
