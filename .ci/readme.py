@@ -23,5 +23,6 @@ def readme():
 
 if __name__ == '__main__':
     path = root/'README.md'
-    if '--check' in sys.argv: sys.exit(path.read_text(encoding='utf-8') != readme() and 'README.md is not what nbs/index.ipynb generates: run make prepare')
-    path.write_text(readme(), encoding='utf-8')
+    if '--check' not in sys.argv: path.write_text(readme(), encoding='utf-8')
+    elif path.read_text(encoding='utf-8') != readme():
+        sys.exit('README.md is not what nbs/index.ipynb generates: run make prepare')

@@ -33,7 +33,8 @@ def main(venv, *packages):
              % (sys.executable, sys.version.split()[0], need))
     try: import ensurepip, venv as _  # noqa: Debian and Ubuntu ship these two apart from Python
     except ImportError:
-        stop('%s has no venv module: install it (on Debian and Ubuntu: apt-get install python3-venv) and try again' % sys.executable)
+        stop('%s has no venv module: install it (on Debian and Ubuntu: apt-get install python3-venv) and try again'
+             % sys.executable)
     python = os.path.join(venv, 'bin', 'python')
     if not works(python, '-c', new_enough):  # absent, broken by a moved Python, or too old
         if subprocess.call([sys.executable, '-m', 'venv', '--clear', venv]):
@@ -41,11 +42,10 @@ def main(venv, *packages):
     if not works(python, '-m', 'pip', '--version'): subprocess.check_call([python, '-m', 'ensurepip'])
     print('Installing into %s: about 5 GB, most of it PyTorch; half a minute to several, by the network' % venv)
     sys.stdout.flush()
-    if works(python, '-m', 'pip', 'install', '-q', 'uv') and subprocess.call(
-            [os.path.join(venv, 'bin', 'uv'), 'pip', 'install', '-q', '--python', python, '--compile-bytecode',
-             '--reinstall-package', setting('lib_name')] + list(packages)) == 0:  # uv's cache does not watch settings.ini
-        return
-    print('uv could not install it; pip tries, which takes longer')  # uv reads no pip.conf, so a mirror may be known to pip alone
+    uv = [os.path.join(venv, 'bin', 'uv'), 'pip', 'install', '-q', '--python', python, '--compile-bytecode']
+    uv += ['--reinstall-package', setting('lib_name')]  # uv's cache does not watch settings.ini
+    if works(python, '-m', 'pip', 'install', '-q', 'uv') and subprocess.call(uv + list(packages)) == 0: return
+    print('uv could not install it; pip tries, which takes longer')  # a mirror may be known to pip alone
     sys.stdout.flush()
     if subprocess.call([python, '-m', 'pip', 'install', '-q'] + list(packages)):
         stop('The requirements could not be installed: pip says why above, and a second try goes on from here')

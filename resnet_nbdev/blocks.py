@@ -26,7 +26,7 @@ def conv(
 
 # %% ../nbs/00_blocks.ipynb #9c0b2659
 class ZeroPad(nn.Module):
-    "Identity shortcut across a change of shape (He et al. 2015, section 3.3, option A): every `s`-th pixel, new channels zero"
+    "Identity across a change of shape (He et al. 2015, section 3.3, option A): every `s`-th pixel, new channels 0"
     def __init__(self, in_channels:int, out_channels:int, s:int=1):
         super().__init__()
         self.extra,self.s = out_channels-in_channels,s
@@ -37,33 +37,34 @@ def shortcut(
     in_channels:int, # channels of the block's input
     out_channels:int, # channels of the block's output
     s:int, # the block's stride
-    kind:str='B' # 'B': 1x1 projection with batch norm where the shape changes; 'A': zero-padded identity, without parameters
+    kind:str='B' # where the shape changes, 'B': 1x1 projection with batch norm; 'A': zero-padded identity
 ) -> nn.Module|None: # None where the shape stays: then the input itself is added
     "The path around a block, option A or B of He et al. (2015), section 3.3"
     if kind not in ('A', 'B'): raise InputError(f"unknown shortcut {kind!r}: it is 'A' or 'B'")
     if s == 1 and in_channels == out_channels: return None
     if kind == 'B': return nn.Sequential(conv(in_channels, out_channels, 1, s), nn.BatchNorm2d(out_channels))
     if out_channels < in_channels:
-        raise InputError(f"shortcut 'A' cannot go from {in_channels} to {out_channels} channels: zeros can only be added")
+        raise InputError(f"shortcut 'A' goes from {in_channels} to {out_channels} channels: zeros can only be added")
     return ZeroPad(in_channels, out_channels, s)
 
 # %% ../nbs/00_blocks.ipynb #c989e921
 def block_stride(in_channels:int, out_channels:int, s:int|None) -> int:
     "The stride of a block: `s` if it is given, else 2 where the channels change and 1 where they stay"
-    if min(in_channels, out_channels) < 1: raise InputError(f'a block needs channels, and got {in_channels} -> {out_channels}')
+    if min(in_channels, out_channels) < 1:
+        raise InputError(f'a block needs channels, and got {in_channels} -> {out_channels}')
     if s is None: return 1 if in_channels == out_channels else 2
     if s < 1: raise InputError(f'the stride must be at least 1, and is {s}')
     return s
 
 # %% ../nbs/00_blocks.ipynb #91b70c68
 class ResBlock(nn.Module):
-    "The basic block of ResNet-18 and 34 (He et al. 2015, figure 5 left): two convolutions, and the input added to their result"
+    "The basic block (He et al. 2015, figure 5 left): two convolutions, and the input added to their result"
     expansion = 1
     def __init__(self,
         in_channels:int, # channels of the input, (N, in_channels, H, W)
         out_channels:int, # channels of the output, (N, out_channels, ceil(H/s), ceil(W/s))
         ks:int=3, # kernel size of both convolutions, odd
-        s:int|None=None, # stride of the first convolution and of the shortcut; None: 2 where the channels change, else 1
+        s:int|None=None, # stride of first convolution and shortcut; None: 2 where the channels change, else 1
         shortcut_kind:str='B' # see `shortcut`
     ):
         super().__init__()
@@ -94,7 +95,7 @@ class PlainBlock(ResBlock):
 
 # %% ../nbs/00_blocks.ipynb #86112551
 class BottleneckBlock(nn.Module):
-    "The block of ResNet-50, 101 and 152 (He et al. 2015, figure 5 right): 1x1 to a quarter of the channels, 3x3, and 1x1 back"
+    "The bottleneck (He et al. 2015, figure 5 right): 1x1 to a quarter of the channels, 3x3, and 1x1 back"
     expansion = 4
     def __init__(self,
         in_channels:int, # channels of the input, (N, in_channels, H, W)
@@ -108,7 +109,7 @@ class BottleneckBlock(nn.Module):
         s = block_stride(in_channels, out_channels, s)
         if stride_on not in ('1x1', '3x3'): raise InputError(f"stride_on is '1x1' or '3x3', not {stride_on!r}")
         if out_channels % self.expansion:
-            raise InputError(f'a bottleneck needs output channels in multiples of {self.expansion}, and got {out_channels}')
+            raise InputError(f'a bottleneck has output channels in multiples of {self.expansion}, not {out_channels}')
         width = out_channels // self.expansion
         self.conv1 = conv(in_channels, width, 1, s if stride_on == '1x1' else 1)
         self.bn1 = nn.BatchNorm2d(width)

@@ -19,7 +19,7 @@ def plain_errors():
     try: yield
     except (InputError, KeyboardInterrupt, OSError) as e:
         if not is_cli(): raise
-        if isinstance(e, InputError): said = str(e).strip().splitlines()[-1].split('InputError: ')[-1] # without a worker's traceback
+        if isinstance(e, InputError): said = str(e).strip().splitlines()[-1].split('InputError: ')[-1]
         elif isinstance(e, KeyboardInterrupt): said = 'interrupted'
         else: said = f'{e.strerror or e}: {e.filename}' if e.filename else str(e)
         if sys.stderr.isatty(): print(file=sys.stderr) # a progress bar may stand in this line
@@ -37,20 +37,22 @@ def pick_device(name:str=None):
     from fastai.torch_core import default_device
     if not name: return default_device()
     try: return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e: raise InputError(f'the device {name!r} is not there ({str(e).splitlines()[0]})') from None
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f'the device {name!r} is not there ({str(e).splitlines()[0]})') from None
 
 # %% ../nbs/07_cli.ipynb #9abadadc
 @call_parse
 def resnet_fine_tune(
-    source:Param('name of a dataset (digits, imagenette, imagenette_320, imagenette_160), address of an archive, or folder with train/<class>/ and val/<class>/', str, nargs='?', opt=False)=None,
+    source:Param('name of a dataset (digits, imagenette, imagenette_320, imagenette_160), address of an archive, '
+                 'or folder with train/<class>/ and val/<class>/', str, nargs='?', opt=False)=None,
     data:str=None, # folder with train/<class>/ and val/<class>/, in place of the name or as its local copy
-    arch:str=None, # resnet18, 34, 50, 101, 152 or cifar_resnet8, 20, 32, 44, 56, 110 (default: the dataset's, resnet34 for imagenette)
-    freeze_epochs:int=None, # epochs of the first cycle (default: the dataset's, 3 for imagenette)
-    epochs:int=None, # epochs of the second cycle (default: the dataset's, 12 for imagenette)
-    base_lr:float=None, # highest learning rate (default: the dataset's, 5e-4 for imagenette)
-    presize:int=None, # side to which each image is cropped first, in pixels (default: the dataset's, 460 for imagenette)
-    resize:int=None, # side of the images that the network sees, in pixels (default: the dataset's, 224 for imagenette)
-    bs:int=None, # images in a batch (default: the dataset's, 32 for imagenette)
+    arch:str=None, # resnet18, 34, 50, 101, 152 or cifar_resnet8, 20, ..., 110 (default: resnet34 for imagenette)
+    freeze_epochs:int=None, # epochs of the first cycle (default: 3 for imagenette)
+    epochs:int=None, # epochs of the second cycle (default: 12 for imagenette)
+    base_lr:float=None, # highest learning rate (default: 5e-4 for imagenette)
+    presize:int=None, # side to which each image is cropped first, in pixels (default: 460 for imagenette)
+    resize:int=None, # side of the images that the network sees, in pixels (default: 224 for imagenette)
+    bs:int=None, # images in a batch (default: 32 for imagenette)
     max_per_class:int=None, # use at most so many images of each class and split (default: all)
     strict:bool=False, # refuse a set with unreadable images, instead of leaving them out
     seed:int=42, # of every random generator
@@ -59,9 +61,11 @@ def resnet_fine_tune(
     name:str=None, # name of the run (default: <source>-<arch>, with a number if it is taken)
     runs:str='runs', # folder of all runs
 ):
-    "Train a residual network from scratch and write runs/<name>/: weights, history, curves, predictions. Example: resnet_fine_tune imagenette"
+    """Train a residual network from scratch and write runs/<name>/: weights, history, curves, predictions.
+    Every dataset has defaults of its own. Example: resnet_fine_tune imagenette"""
     with plain_errors():
-        if not (source or data): raise InputError('name a dataset, as in resnet_fine_tune digits, or a folder, with --data PATH')
+        if not (source or data):
+            raise InputError('name a dataset, as in resnet_fine_tune digits, or a folder, with --data PATH')
         from fastai.vision.all import set_seed
         from resnet_nbdev.data import get_data, settings_of
         from resnet_nbdev.learner import resnet_learner
@@ -69,26 +73,30 @@ def resnet_fine_tune(
         from resnet_nbdev.runs import fine_tune, free_name, run_path
         quiet_bars()
         conf = settings_of(source)
-        arch,freeze_epochs,epochs,base_lr = (conf[k] if v is None else v for k,v in
-                                             dict(arch=arch, freeze_epochs=freeze_epochs, epochs=epochs, base_lr=base_lr).items())
+        given = dict(arch=arch, freeze_epochs=freeze_epochs, epochs=epochs, base_lr=base_lr)
+        arch,freeze_epochs,epochs,base_lr = (conf[k] if v is None else v for k,v in given.items())
         check_arch(arch)
         if not 0 <= seed < 2**32: raise InputError(f'the seed must lie between 0 and {2**32-1}, and is {seed}')
-        arguments = dict(source=source, data=data, arch=arch, presize=presize, resize=resize, bs=bs, max_per_class=max_per_class, strict=strict,
-                         seed=seed, device=device, workers=workers)
+        arguments = dict(source=source, data=data, arch=arch, presize=presize, resize=resize, bs=bs, strict=strict,
+                         max_per_class=max_per_class, seed=seed, device=device, workers=workers)
         name = name or free_name(f"{Path(source or data).expanduser().resolve().name.split('.')[0]}-{arch}", runs)
         run_path(name, runs) # before a long download, not after it
         device = pick_device(device)
         set_seed(seed)
-        dls = get_data(source or data, presize, resize, bs, path=data, max_per_class=max_per_class, strict=strict, num_workers=workers, device=device)
+        dls = get_data(source or data, presize, resize, bs, path=data, max_per_class=max_per_class, strict=strict,
+                       num_workers=workers, device=device)
         learn = resnet_learner(dls, arch)
-        print(f"{dls.info['train']:,} training and {dls.info['val']:,} validation images of {len(dls.vocab)} classes, {dls.info['resize']} px, "
-              f"{arch} from scratch on {device}", flush=True)
+        info = dls.info
+        print(f"{info['train']:,} training and {info['val']:,} validation images of {len(dls.vocab)} classes, "
+              f"{info['resize']} px, {arch} from scratch on {device}", flush=True)
         try: fine_tune(learn, name, freeze_epochs, epochs, base_lr, runs=runs, arguments=arguments)
         except KeyboardInterrupt:
-            raise InputError(f'interrupted; {Path(runs)/name} keeps its history and the weights of the epochs that were finished') from None
+            raise InputError(f'interrupted; {Path(runs)/name} keeps what its finished epochs have left') from None
         metrics = json.loads((learn.run_path/'metrics.json').read_text())
-        print(f"Validation accuracy {metrics['last']['accuracy']:.4f}, at best {metrics['best']['accuracy']:.4f} after epoch {metrics['best']['epoch']}, "
-              f"in {metrics['seconds']:.0f} s of training\nThe run is in {learn.run_path}; to use it: resnet_predict {learn.run_path} IMAGE...")
+        last,best = metrics['last'],metrics['best']
+        print(f"Validation accuracy {last['accuracy']:.4f}, at best {best['accuracy']:.4f} in epoch {best['epoch']}, "
+              f"after {metrics['seconds']:.0f} s of training\n"
+              f"The run is in {learn.run_path}; to use it: resnet_predict {learn.run_path} IMAGE...")
 
 # %% ../nbs/07_cli.ipynb #5a3417a6
 @call_parse
@@ -103,7 +111,7 @@ def resnet_predict(
     device:str=None, # cpu, cuda, cuda:1, mps (default: the best there is)
     runs:str='runs', # folder of all runs
 ):
-    "Show the most probable classes of images, by the network of a run. Example: resnet_predict runs/digits-cifar_resnet8 photo.jpg"
+    "Show the most probable classes of images, by the network of a run. Example: resnet_predict runs/first photo.jpg"
     with plain_errors():
         from resnet_nbdev.runs import predict
         found = predict(run, images, k, weights, runs=runs, strict=strict, bs=bs, device=pick_device(device))
@@ -113,10 +121,12 @@ def resnet_predict(
 # %% ../nbs/07_cli.ipynb #8b39f19c
 def as_json(found): # DataFrame from `predict` -> JSON text
     "A list with an entry for each image: image, predictions of class and probability"
-    return json.dumps([dict(image=i, predictions=d[['class', 'probability']].to_dict('records')) for i,d in found.groupby('image', sort=False)], indent=2)
+    return json.dumps([dict(image=i, predictions=d[['class', 'probability']].to_dict('records'))
+                       for i,d in found.groupby('image', sort=False)], indent=2)
 
 def as_table(found): # DataFrame from `predict` -> text
     "A line for each class, the image's name on its first"
-    rows = [(i if r == 1 else '', c, f'{p:.4f}') for i,r,c,p in found.itertuples(index=False)]
-    widths = [max(map(len, c)) for c in zip(('image', 'class', 'probability'), *rows)]
-    return '\n'.join('  '.join(v.ljust(w) for v,w in zip(r, widths)).rstrip() for r in [('image', 'class', 'probability'), *rows])
+    rows = [('image', 'class', 'probability')]
+    rows += [(i if r == 1 else '', c, f'{p:.4f}') for i,r,c,p in found.itertuples(index=False)]
+    widths = [max(map(len, c)) for c in zip(*rows)]
+    return '\n'.join('  '.join(v.ljust(w) for v,w in zip(r, widths)).rstrip() for r in rows)

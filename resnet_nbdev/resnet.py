@@ -17,14 +17,14 @@ from .blocks import InputError, ResBlock, BottleneckBlock, conv
 # %% ../nbs/01_resnet.ipynb #08060c3e
 def stem_layers(kind:str, in_channels:int, out_channels:int) -> list: # (name, module) pairs
     "What comes before the first block. 'imagenet': 7x7/2 and max-pool/2 (table 1); 'cifar': 3x3/1 (section 4.2)"
-    if kind == 'imagenet': first,pool = conv(in_channels, out_channels, 7, 2),[('maxpool', nn.MaxPool2d(3, 2, padding=1))]
-    elif kind == 'cifar': first,pool = conv(in_channels, out_channels, 3),[]
-    else: raise InputError(f"unknown stem {kind!r}: it is 'imagenet' or 'cifar'")
-    return [('conv1', first), ('bn1', nn.BatchNorm2d(out_channels)), ('relu', nn.ReLU(inplace=True)), *pool]
+    if kind not in ('imagenet', 'cifar'): raise InputError(f"unknown stem {kind!r}: it is 'imagenet' or 'cifar'")
+    first = conv(in_channels, out_channels, 7, 2) if kind == 'imagenet' else conv(in_channels, out_channels, 3)
+    layers = [('conv1', first), ('bn1', nn.BatchNorm2d(out_channels)), ('relu', nn.ReLU(inplace=True))]
+    return layers + [('maxpool', nn.MaxPool2d(3, 2, padding=1))] if kind == 'imagenet' else layers
 
 # %% ../nbs/01_resnet.ipynb #69acd05f
 class ResNet(nn.Module):
-    "A `body` (conv1, bn1, relu, maxpool, layer1, layer2, ...) that makes feature maps and a `head` that classifies their average"
+    "A `body` (conv1, bn1, relu, maxpool, layer1, ...) that makes feature maps, a `head` that classifies their average"
     def __init__(self, body:nn.Module, head:nn.Module):
         super().__init__()
         self.body,self.head = body,head
@@ -33,7 +33,7 @@ class ResNet(nn.Module):
         return self.head(self.body(x))
 
 def init_weights(model:nn.Module) -> nn.Module:
-    "Normal with variance 2/(ks^2 * out_channels) for convolutions (He et al. 2015, Delving Deep into Rectifiers, section 2.2)"
+    "Normal with variance 2/(ks^2 * out_channels) for convolutions (He et al. 2015, arXiv:1502.01852, section 2.2)"
     for m in model.modules():
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     return model
@@ -41,7 +41,7 @@ def init_weights(model:nn.Module) -> nn.Module:
 # %% ../nbs/01_resnet.ipynb #f22111bb
 def custom_resnet(
     block_sizes:list, # number of blocks of each stage
-    feature_map_sizes:list, # channels of each stage inside a basic block; a bottleneck block's output has 4 times as many
+    feature_map_sizes:list, # channels of each stage; the output of a bottleneck block has 4 times as many
     classes:int, # number of classes
     *,
     block:type=ResBlock, # ResBlock, BottleneckBlock or PlainBlock
@@ -51,8 +51,10 @@ def custom_resnet(
 ) -> ResNet: # takes (N, in_channels, H, W), returns (N, classes)
     "A residual network for images of any size"
     if len(block_sizes) != len(feature_map_sizes) or not block_sizes:
-        raise InputError(f'block_sizes and feature_map_sizes name the same stages, and have {len(block_sizes)} and {len(feature_map_sizes)} entries')
-    for what,values in (('block_sizes', block_sizes), ('feature_map_sizes', feature_map_sizes), ('classes', [classes]), ('in_channels', [in_channels])):
+        raise InputError('block_sizes and feature_map_sizes name the same stages, and have '
+                         f'{len(block_sizes)} and {len(feature_map_sizes)} entries')
+    for what,values in dict(block_sizes=block_sizes, feature_map_sizes=feature_map_sizes, classes=[classes],
+                            in_channels=[in_channels]).items():
         if min(values) < 1: raise InputError(f'{what} must be at least 1, and is {min(values)}')
     ni = feature_map_sizes[0]
     layers = stem_layers(stem, in_channels, ni)
@@ -147,12 +149,14 @@ def load_weights(
         from safetensors.torch import load_file
         try: state = load_file(source)
         except FileNotFoundError: raise InputError(f'there is no weights file {source}') from None
-        except (SafetensorError, OSError) as e: raise InputError(f'{source} is not a readable .safetensors file ({e})') from None
+        except (SafetensorError, OSError) as e:
+            raise InputError(f'{source} is not a readable .safetensors file ({e})') from None
     else: state = source
     want = torchvision_state(model)
+    shapes = {k: (tuple(state[k].shape), tuple(v.shape)) for k,v in want.items() if k in state}
     problems = {'missing': sorted(want.keys() - state.keys()), 'unexpected': sorted(state.keys() - want.keys()),
-        'of another shape': [f'{k} {tuple(state[k].shape)}, not {tuple(v.shape)}' for k,v in want.items() if k in state and state[k].shape != v.shape]}
-    wrong = [f'{len(v)} {what} (' + ', '.join(v[:3]) + (', ...' if len(v) > 3 else '') + ')' for what,v in problems.items() if v]
+                'of another shape': [f'{k} {got}, not {need}' for k,(got,need) in shapes.items() if got != need]}
+    wrong = [f"{len(v)} {what} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for what,v in problems.items() if v]
     if wrong: raise InputError('these weights belong to another network: ' + '; '.join(wrong))
     with torch.no_grad():
         for k,v in want.items(): v.copy_(state[k])

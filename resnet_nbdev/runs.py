@@ -28,11 +28,13 @@ def run_path(
     runs:str|Path='runs' # folder of all runs
 ) -> Path: # runs/name, which does not exist yet
     "Where a new run would go; an existing run is never overwritten"
-    if not name or name != Path(name).name or name.startswith('.'): raise InputError(f'a run needs a plain name, without slashes or a leading dot, and not {name!r}')
+    if not name or name != Path(name).name or name.startswith('.'):
+        raise InputError(f'a run needs a plain name, without slashes or a leading dot, not {name!r}')
     path = Path(runs).expanduser()/name
     if path.exists(): raise InputError(f'{path} exists already: choose another name for the run, or move it away')
     parent = next(o for o in path.absolute().parents if o.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)): raise InputError(f'the run folder {path} cannot be made: {parent} is no folder that can be written to')
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise InputError(f'the run folder {path} cannot be made: {parent} is no folder that can be written to')
     return path
 
 def free_name(
@@ -48,7 +50,8 @@ def make_run(path:Path) -> Path: # the same path, now a folder
     try:
         path.mkdir(parents=True)
         write_file(path/'config.json', b'{}')
-    except FileExistsError: raise InputError(f'{path} exists already: choose another name for the run, or move it away') from None
+    except FileExistsError:
+        raise InputError(f'{path} exists already: choose another name for the run, or move it away') from None
     except OSError as e: raise InputError(f'the run folder {path} cannot be written ({e.strerror})') from None
     return path
 
@@ -81,11 +84,14 @@ def versions() -> dict: # {package: version}
 
 def git_commit() -> str|None: # hash, with '-dirty' behind it if the code differs from it; None for an installed package
     "The commit of this package's own code"
-    def git(*args): return subprocess.run(['git', '-C', str(Path(resnet_nbdev.__file__).parent), *args], capture_output=True, text=True, timeout=20)
+    def git(*args):
+        here = Path(resnet_nbdev.__file__).parent
+        return subprocess.run(['git', *args], cwd=here, capture_output=True, text=True, timeout=20)
     try:
         if git('ls-files', '--error-unmatch', '__init__.py').returncode: return None
         commit = git('rev-parse', 'HEAD').stdout.strip()
-        return commit + ('-dirty' if git('status', '--porcelain', '--untracked-files=no', '.').stdout else '') if commit else None
+        dirty = git('status', '--porcelain', '--untracked-files=no', '.').stdout
+        return commit + ('-dirty' if dirty else '') if commit else None
     except (OSError, subprocess.SubprocessError): return None
 
 def describe_device(device) -> dict: # type, name, threads
@@ -101,13 +107,15 @@ def plot_history(
     "Losses and accuracy by epoch; a dotted line stands where the second cycle begins"
     fig,(left,right) = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
     marker = 'o' if len(history) < 30 else None
-    for c,label in (('train_loss', 'training'), ('valid_loss', 'validation')): left.plot(history.epoch, history[c], marker=marker, ms=3, label=label)
+    for column,label in (('train_loss', 'training'), ('valid_loss', 'validation')):
+        left.plot(history.epoch, history[column], marker=marker, ms=3, label=label)
     left.set(xlabel='epoch', ylabel='loss', ylim=(0, None))
     left.legend()
     if 'accuracy' in history:
         right.plot(history.epoch, history.accuracy, marker=marker, ms=3, color='tab:green')
         best = history.accuracy.idxmax()
-        right.annotate(f'{history.accuracy[best]:.4f}', (history.epoch[best], history.accuracy[best]), xytext=(0, -14), textcoords='offset points', ha='center')
+        right.annotate(f'{history.accuracy[best]:.4f}', (history.epoch[best], history.accuracy[best]), xytext=(0, -14),
+                       textcoords='offset points', ha='center')
     right.set(xlabel='epoch', ylabel='validation accuracy')
     for ax in (left, right):
         ax.grid(alpha=0.3)
@@ -130,8 +138,10 @@ class RunRecorder(Callback):
     def after_train(self): self.train_seconds = time.perf_counter() - self.start
 
     def after_epoch(self):
-        row = dict(epoch=len(self.rows)+1, cycle=self.cycle, **dict(zip(self.recorder.metric_names[1:], map(float, self.learn.final_record))))
-        row |= {'seconds': round(time.perf_counter() - self.start, 3), 'images/s': round(self.images/self.train_seconds, 2)}
+        measured = dict(zip(self.recorder.metric_names[1:], map(float, self.learn.final_record)))
+        row = {'epoch': len(self.rows)+1, 'cycle': self.cycle, **measured,
+               'seconds': round(time.perf_counter() - self.start, 3),
+               'images/s': round(self.images/self.train_seconds, 2)}
         self.rows.append(row)
         loss = row['valid_loss']
         score = (row.get('accuracy', 0), -loss if math.isfinite(loss) else -math.inf)
@@ -146,18 +156,21 @@ class RunRecorder(Callback):
     def weights(self, row): # bytes of a safetensors file
         model = self.learn.model
         state = torchvision_state(model) if isinstance(model, ResNet) else model.state_dict()
-        about = dict(arch=str(getattr(self.learn, 'arch', '')), vocab=json.dumps(list(map(str, self.dls.vocab))), epoch=str(row['epoch']))
+        about = dict(arch=str(getattr(self.learn, 'arch', '')), epoch=str(row['epoch']),
+                     vocab=json.dumps(list(map(str, self.dls.vocab))))
         return save({k: v.detach().cpu().contiguous() for k,v in state.items()}, metadata=about)
 
     @property
     def history(self): return pd.DataFrame(self.rows)
 
     def write_metrics(self):
-        rows,done = self.history,bool(self.rows)
-        write_json(self.folder/'metrics.json', {'status': self.status, 'epochs': len(rows), 'epochs_planned': self.epochs,
-            'best': self.best[1] if done else None, 'last': self.rows[-1] if done else None,
-            'seconds': float(rows.seconds.sum()) if done else 0., 'images/s': float(rows['images/s'].median()) if done else None,
-            'parameters': self.parameters})
+        metrics = dict(status=self.status, epochs=len(self.rows), epochs_planned=self.epochs,
+                       parameters=self.parameters)
+        if self.rows:
+            rows = self.history
+            metrics |= {'best': self.best[1], 'last': self.rows[-1], 'seconds': float(rows.seconds.sum()),
+                        'images/s': float(rows['images/s'].median())}
+        write_json(self.folder/'metrics.json', metrics)
 
     def finish(self, status):
         self.status = status
@@ -173,9 +186,9 @@ def save_figure(fig:plt.Figure, path:Path):
 def explain_failure(e:BaseException) -> str: # '' for what is not known
     "What to do about the ways in which training fails for want of memory or of values to normalise"
     if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and 'memory' in str(e)):
-        return 'the memory of the device does not suffice: choose a smaller batch (bs) or smaller images (presize, resize)'
+        return 'the device has too little memory: choose a smaller batch (bs) or smaller images (presize, resize)'
     if isinstance(e, ValueError) and 'more than 1 value per channel' in str(e):
-        return 'batch norm has a single value a channel to normalise: choose a larger batch (bs) or larger images (resize)'
+        return 'batch norm has one value a channel to normalise: choose a larger batch (bs) or larger images (resize)'
     return ''
 
 def fine_tune(
@@ -196,16 +209,18 @@ def fine_tune(
     learn.run_path = make_run(run_path(name, runs))
     recorder = RunRecorder(learn.run_path, freeze_epochs + epochs, sum(p.numel() for p in learn.model.parameters()))
     arguments = {**(arguments or {}), 'freeze_epochs': freeze_epochs, 'epochs': epochs, 'base_lr': base_lr, **kw}
-    write_json(learn.run_path/'config.json', dict(name=name, arch=getattr(learn, 'arch', None), seed=arguments.get('seed'),
-        created=datetime.now(timezone.utc).isoformat(timespec='seconds'), arguments=arguments,
-        versions=versions(), commit=git_commit(), device=describe_device(learn.dls.device), data=getattr(learn.dls, 'info', None)))
+    write_json(learn.run_path/'config.json', dict(
+        name=name, created=datetime.now(timezone.utc).isoformat(timespec='seconds'), arch=getattr(learn, 'arch', None),
+        arguments=arguments, seed=arguments.get('seed'), device=describe_device(learn.dls.device), versions=versions(),
+        commit=git_commit(), data=getattr(learn.dls, 'info', None)))
     try:
         with learn.added_cbs(recorder):
             recorder.write_metrics()
             if freeze_epochs: learn.fine_tune(epochs, base_lr, freeze_epochs=freeze_epochs, **kw)
             else: # what fastai's fine_tune does after its frozen cycle
                 learn.unfreeze()
-                learn.fit_one_cycle(epochs, slice(base_lr/2/kw.pop('lr_mult', 100), base_lr/2), **{'pct_start': 0.3, 'div': 5.0, **kw})
+                lrs = slice(base_lr/2/kw.pop('lr_mult', 100), base_lr/2)
+                learn.fit_one_cycle(epochs, lrs, **{'pct_start': 0.3, 'div': 5.0, **kw})
             recorder.finish('finished')
     except BaseException as e:
         recorder.finish('interrupted' if isinstance(e, KeyboardInterrupt) else 'failed')
@@ -225,12 +240,13 @@ def load_run(
     path = next((p for p in (Path(run).expanduser(), Path(runs).expanduser()/run) if (p/'config.json').is_file()), None)
     if path is None:
         known = sorted(p.parent.name for p in Path(runs).expanduser().glob('*/config.json'))
-        raise InputError(f"there is no run {run}" + (f'; {runs}/ has {", ".join(known)}' if known else f', and no other in {runs}/'))
+        raise InputError(f"there is no run {run}; {runs}/ has {', '.join(known) or 'none'}")
     try: config = json.loads((path/'config.json').read_text())
     except ValueError as e: raise InputError(f'{path}/config.json is not readable ({e})') from None
     if config.get('arch') not in ARCHS or not config.get('data'):
         raise InputError(f'{path} is not the run of a network of this project on data from get_data')
-    if not (path/f'{weights}.safetensors').exists(): raise InputError(f'{path} has no {weights}.safetensors: no epoch of it was finished')
+    if not (path/f'{weights}.safetensors').exists():
+        raise InputError(f'{path} has no {weights}.safetensors: no epoch of it was finished')
     model = create_resnet(config['arch'], len(config['data']['vocab']))
     return load_weights(model, path/f'{weights}.safetensors').eval(), config
 
@@ -255,5 +271,6 @@ def predict(
     model.to(device)
     probs = torch.cat([model(xb).softmax(1).cpu() for xb, in dl])
     top,ids = probs.topk(min(k, probs.shape[1]))
-    return pd.DataFrame([(name, rank+1, data['vocab'][i], p) for name,ps,cs in zip(found, top.tolist(), ids.tolist()) for rank,(p,i) in enumerate(zip(ps, cs))],
-                        columns=['image', 'rank', 'class', 'probability'])
+    rows = [(name, rank, data['vocab'][i], p) for name,ps,classes in zip(found, top.tolist(), ids.tolist())
+            for rank,(p,i) in enumerate(zip(ps, classes), 1)]
+    return pd.DataFrame(rows, columns=['image', 'rank', 'class', 'probability'])

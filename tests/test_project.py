@@ -16,8 +16,8 @@ def contents(folder): return {p.relative_to(folder): p.read_bytes() for p in sor
 @pytest.fixture(scope='module')
 def copy(tmp_path_factory):
     to = tmp_path_factory.mktemp('project')
-    tracked = subprocess.run(['git', 'ls-files', '-z'], cwd=root, capture_output=True, text=True, check=True).stdout.split('\0')
-    for f in filter(None, tracked):
+    tracked = subprocess.run(['git', 'ls-files', '-z'], cwd=root, capture_output=True, text=True, check=True).stdout
+    for f in filter(None, tracked.split('\0')):
         if (root/f).is_file():
             (to/f).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root/f, to/f)
@@ -35,6 +35,16 @@ def test_changes_nothing(copy, command):
 def test_readme_is_generated(copy):
     r = subprocess.run([sys.executable, copy/'.ci/readme.py', '--check'], capture_output=True, text=True, timeout=120)
     assert r.returncode == 0, r.stderr
+
+
+def test_lines_fit():
+    import json
+    files = [*root.glob('tests/*.py'), *root.glob('.ci/*.py'), root/'setup.py']
+    code = {p.name: p.read_text().splitlines() for p in files}
+    for nb in root.rglob('nbs/**/*.ipynb'):
+        code[nb.name] = [l for c in json.loads(nb.read_text())['cells'] if c['cell_type'] == 'code'
+                         for l in ''.join(c['source']).splitlines()]
+    assert [f'{name}: {l}' for name, lines in code.items() for l in lines if len(l) > 120] == []
 
 
 def test_notebooks_carry_clean_outputs(copy):
