@@ -29,8 +29,8 @@ def main(venv, *packages):
     minimum = tuple(int(o) for o in need.split('.'))
     new_enough = 'import sys; sys.exit(sys.version_info < %r)' % (minimum,)
     if sys.version_info < minimum:
-        stop('%s is Python %s, and this project needs %s or newer: install one and name it, as in make demo PYTHON=python3.12'
-             % (sys.executable, sys.version.split()[0], need))
+        stop('%s is Python %s, and this project needs %s or newer: install one and name it, as in '
+             'make demo PYTHON=python3.12' % (sys.executable, sys.version.split()[0], need))
     try: import ensurepip, venv as _  # noqa: Debian and Ubuntu ship these two apart from Python
     except ImportError:
         stop('%s has no venv module: install it (on Debian and Ubuntu: apt-get install python3-venv) and try again'
