@@ -1,9 +1,9 @@
-# make demo | test | test-slow | test-latest | prepare | dist | clean      PYTHON=python3.12 to choose the Python of a new .venv
+# make demo | test | test-slow | test-latest | prepare | outputs | dist | clean      PYTHON=python3.12 to choose the Python of a new .venv
 PYTHON ?= python3
 FLAGS ?= slow
 BIN := .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-latest prepare dist clean
+.PHONY: help demo test test-slow test-latest prepare outputs dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -29,6 +29,11 @@ prepare: .venv/.installed ## after editing a notebook: export, clean, README.md,
 	$(BIN)/nbdev_clean
 	$(BIN)/python .ci/readme.py
 	$(MAKE) test
+
+outputs: .venv/.installed ## run all notebooks, the tutorial's short run too, and store what they show
+	$(BIN)/python .ci/outputs.py
+	$(BIN)/nbdev_clean
+	$(BIN)/python .ci/readme.py
 
 dist: .venv/.installed ## build the wheel into dist/
 	@rm -rf dist

@@ -6,7 +6,7 @@
 __all__ = ['command_parser', 'command', 'quiet_bars', 'pick_device', 'resnet_fine_tune', 'resnet_predict', 'as_json', 'as_table']
 
 # %% ../nbs/07_cli.ipynb #55683f8b
-import argparse, inspect, json, re, shutil, sys
+import argparse, inspect, json, re, shutil, sys, warnings
 from functools import partial
 from pathlib import Path
 from fastcore.docments import docments
@@ -43,10 +43,10 @@ def command(
 ):
     "Give `func` a `main` for the console, which tells what the user can mend in one sentence, with exit code 2"
     def main():
-        hyphens = lambda o: re.sub('^--[a-z-]+', lambda m: '--' + m[0][2:].replace('-', '_'), o) # --base-lr is --base_lr
-        argv = list(map(hyphens, sys.argv[1:]))
+        argv = [re.sub('^--[a-z-]+', lambda m: '--' + m[0][2:].replace('-', '_'), o) for o in sys.argv[1:]]
+        warnings.filterwarnings('ignore', '.*torch.jit.script', FutureWarning) # fastai calls it, the user does not
         try: func(**vars(command_parser(func).parse_args(argv)))
-        except InputError as e: said = str(e).strip().splitlines()[-1].split('InputError: ')[-1] # last line of a worker's
+        except InputError as e: said = str(e).strip().splitlines()[-1].split('InputError: ')[-1] # without a traceback
         except KeyboardInterrupt: said = 'interrupted'
         except OSError as e: said = f'{e.strerror or e}: {e.filename}' if e.filename else str(e)
         else: return
@@ -71,7 +71,7 @@ def pick_device(name:str=None):
     except (RuntimeError, AssertionError) as e:
         raise InputError(f'the device {name!r} is not there ({str(e).splitlines()[0]})') from None
 
-# %% ../nbs/07_cli.ipynb #fedc6471
+# %% ../nbs/07_cli.ipynb #1aaaad61
 @command
 def resnet_fine_tune(
     source:str=None, # digits, imagenette, imagenette_320, imagenette_160, the address of an archive, or a folder
@@ -128,7 +128,7 @@ def resnet_fine_tune(
           f"after {metrics['seconds']:.0f} s of training\n"
           f"The run is in {learn.run_path}; to use it: resnet_predict {learn.run_path} IMAGE...")
 
-# %% ../nbs/07_cli.ipynb #8fe5bb0e
+# %% ../nbs/07_cli.ipynb #e3c0c103
 @command
 def resnet_predict(
     run:str, # folder of a run, or its name
@@ -148,7 +148,7 @@ def resnet_predict(
     if json: print(as_json(found))
     else: print(as_table(found))
 
-# %% ../nbs/07_cli.ipynb #e3c0c103
+# %% ../nbs/07_cli.ipynb #b93ca213
 def as_json(found): # DataFrame from `predict` -> JSON text
     "A list with an entry for each image: image, predictions of class and probability"
     return json.dumps([dict(image=i, predictions=d[['class', 'probability']].to_dict('records'))

@@ -15,7 +15,8 @@ from pathlib import Path
 
 HOME = tempfile.mkdtemp(prefix='resnet_nbdev_tests_')
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)
-os.environ.update(FASTAI_HOME=HOME, MPLBACKEND='Agg', NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')  # before fastai is imported
+# before fastai is imported
+os.environ.update(FASTAI_HOME=HOME, MPLBACKEND='Agg', NO_PROXY='127.0.0.1', no_proxy='127.0.0.1')
 for o in ('RESNET_DATA', 'PYTHONWARNINGS', 'IN_TEST'): os.environ.pop(o, None)
 
 import numpy as np
@@ -50,7 +51,7 @@ def run_cli(tmp_path):
 
 @pytest.fixture
 def run_here(tmp_path, monkeypatch, capfd):
-    "The same without the 5 s of a new process: the script of the command as the main program of this one, in `tmp_path`"
+    "The same without the 5 s of a new process: the script of the command runs as this one's main program"
     def run(*args):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, 'argv', [script(args[0]), *map(str, args[1:])])
@@ -96,9 +97,10 @@ def start_cli(tmp_path):
 
     def start(*args, **env):
         with open(tmp_path/'out', 'w') as out, open(tmp_path/'err', 'w') as err:
-            p = subprocess.Popen([script(args[0]), *map(str, args[1:])], cwd=tmp_path, env=environment(**env), stdout=out, stderr=err,
-                                 stdin=subprocess.DEVNULL, start_new_session=True,
-                                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background shell ignores it
+            heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores SIGINT
+            p = subprocess.Popen([script(args[0]), *map(str, args[1:])], cwd=tmp_path, env=environment(**env),
+                                 stdout=out, stderr=err, stdin=subprocess.DEVNULL,
+                                 start_new_session=True, preexec_fn=heed)
         started.append(p)
         return p
     yield start
@@ -116,7 +118,8 @@ def make_folder(dest, classes=('cat', 'dog'), train=8, val=4):
     for split, n in (('train', train), ('val', val)):
         for c in classes:
             (dest/split/c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(noise(zlib.crc32(f'{split}{c}{i}'.encode()))).save(dest/split/c/f'{i}.png')
+            for i in range(n):
+                Image.fromarray(noise(zlib.crc32(f'{split}{c}{i}'.encode()))).save(dest/split/c/f'{i}.png')
     return dest
 
 
@@ -177,7 +180,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def web():
-    "A web server on this machine: put {path: bytes or (bytes, length that the header claims)} into .pages; .url is its address"
+    "A web server at .url: put {path: bytes or (bytes, length that the header claims)} into .pages"
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             page = self.server.pages.get(self.path.lstrip('/'))

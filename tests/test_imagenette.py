@@ -45,7 +45,8 @@ def test_resnet_data_is_the_folder_above(photos, monkeypatch):
 
 def test_train_and_predict(run_cli, photos, tmp_path):
     "One frozen and one free epoch by command with two workers; the run knows the classes' names of a photo"
-    done = run_cli('resnet_fine_tune', '--data', photos, *TRAIN, '--epochs', 1, '--freeze_epochs', 1, '--bs', 32, '--workers', 2, '--name', 'mine')
+    done = run_cli('resnet_fine_tune', '--data', photos, *TRAIN, '--epochs', 1, '--freeze_epochs', 1, '--bs', 32,
+                   '--workers', 2, '--name', 'mine')
     assert done.returncode == 0 and not done.stderr, done
     assert '240 training and 80 validation images of 10 classes, 64 px, resnet18 from scratch on' in done.stdout
     assert 'The run is in runs/mine; to use it: resnet_predict runs/mine IMAGE...' in done.stdout
@@ -53,17 +54,18 @@ def test_train_and_predict(run_cli, photos, tmp_path):
     done = run_cli('resnet_predict', 'mine', photo, '--json', '--k', 10)
     assert done.returncode == 0 and not done.stderr, done
     found, = json.loads(done.stdout)
-    assert found['image'] == str(photo) and {p['class'] for p in found['predictions']} == set(IMAGENETTE_CLASSES.values())
+    assert found['image'] == str(photo)
+    assert {p['class'] for p in found['predictions']} == set(IMAGENETTE_CLASSES.values())
 
 
 def test_train_by_name_with_data(run_cli, photos, tmp_path):
     "The name gives the settings, the folder the photos, and the run is called after the name"
-    done = run_cli(
-        'resnet_fine_tune', 'imagenette_160', '--data', photos, '--resize', 32, '--arch', 'cifar_resnet8', '--epochs', 1, '--freeze_epochs', 0,
-        '--max_per_class', 8, '--bs', 16, '--workers', 0)
+    done = run_cli('resnet_fine_tune', 'imagenette_160', '--data', photos, '--resize', 32, '--arch', 'cifar_resnet8',
+                   '--epochs', 1, '--freeze_epochs', 0, '--max_per_class', 8, '--bs', 16, '--workers', 0)
     assert done.returncode == 0 and not done.stderr, done
     config = json.loads((tmp_path/'runs'/'imagenette_160-cifar_resnet8'/'config.json').read_text())
-    assert config['data']['name'] == 'imagenette_160' and config['data']['presize'] == 160 and config['data']['train'] == 80
+    assert config['data']['name'] == 'imagenette_160' and config['data']['presize'] == 160
+    assert config['data']['train'] == 80
     assert config['arguments']['data'] == str(photos)
 
 
@@ -72,8 +74,9 @@ def test_whole_imagenette_160(tmp_path):
     "Three epochs of ResNet-18 at 64 px on all 9,469 photos: about 6 minutes on two cores"
     with zipfile.ZipFile(imagenette_zip()) as z: z.extractall(tmp_path)
     start = time.monotonic()
-    done = run_command('resnet_fine_tune', '--data', tmp_path/'imagenette2-160', *TRAIN, '--epochs', 2, '--freeze_epochs', 1, '--name', 'mine',
-                       cwd=tmp_path, timeout=3600, OMP_NUM_THREADS=str(os.cpu_count()))
+    done = run_command('resnet_fine_tune', '--data', tmp_path/'imagenette2-160', *TRAIN, '--epochs', 2,
+                       '--freeze_epochs', 1, '--name', 'mine', cwd=tmp_path, timeout=3600,
+                       OMP_NUM_THREADS=str(os.cpu_count()))
     assert done.returncode == 0 and not done.stderr, done
     assert '9,469 training and 3,925 validation images of 10 classes' in done.stdout
     last = json.loads((tmp_path/'runs'/'mine'/'metrics.json').read_text())['last']

@@ -13,7 +13,8 @@ in_project = pytest.mark.skipif(not all((ROOT/o).exists() for o in ('Makefile', 
 
 
 def run(*args, cwd, **env):
-    return subprocess.run(list(map(str, args)), cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=60)
+    args = list(map(str, args))
+    return subprocess.run(args, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture
@@ -44,7 +45,8 @@ def one_sentence(done, *says):
 @pytest.mark.parametrize('version', ['2.7', '3.6', '3.8', '3.9'])
 def test_old_python(version, project):
     old = python(version)
-    one_sentence(run(old, '.ci/venv.py', '.venv', '-e', '.[dev]', cwd=project), f'is Python {version}.', 'needs 3.10 or newer', 'make demo PYTHON=')
+    done = run(old, '.ci/venv.py', '.venv', '-e', '.[dev]', cwd=project)
+    one_sentence(done, f'is Python {version}.', 'needs 3.10 or newer', 'make demo PYTHON=')
     assert not (project/'.venv').exists()
 
 
@@ -72,7 +74,8 @@ def test_make_without_python(project):
 def test_make_with_an_old_python(project):
     done = run('make', 'demo', f'PYTHON={python("3.8")}', cwd=project)
     lines = done.stderr.splitlines()
-    assert done.returncode == 2 and 'needs 3.10 or newer' in lines[0] and all(o.startswith('make') for o in lines[1:]), done
+    assert done.returncode == 2 and 'needs 3.10 or newer' in lines[0], done
+    assert all(o.startswith('make') for o in lines[1:])
     assert not (project/'.venv').exists()
 
 
