@@ -1,12 +1,16 @@
-"""Run notebooks from top to bottom and store what they show: python .ci/outputs.py [NOTEBOOK ...], by default all in nbs/.
+"""Run notebooks from top to bottom and store what they show: python .ci/outputs.py [NOTEBOOK ...]; by default all.
 
-A cell with the flag `cuda` is passed over where there is no GPU. Everything else runs, whatever its flags.
+A cell with the flag `cuda` is passed over where there is no GPU. Everything else runs, whatever its flags. Pictures with
+photos in them are stored in 256 colours, so that a notebook stays below 1 MB.
 """
+import base64
+import io
 import sys
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 from torch import cuda
 
 root = Path(__file__).resolve().parents[1]
@@ -20,9 +24,23 @@ class Client(NotebookClient):
         return await super().async_execute_cell(cell, *args, **kwargs)
 
 
-pages = [p for p in sorted(root.glob('nbs/**/*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
-for path in map(Path, sys.argv[1:] or pages):
+def smaller(png):
+    "A PNG in base64 with at most 256 colours, if it is a large one"
+    if len(png) < 150_000: return png
+    to = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(256).save(to, 'png', optimize=True)
+    return base64.b64encode(to.getvalue()).decode()
+
+
+def run(path):
     print(path.name, flush=True)
     nb = nbformat.read(path, 4)
     Client(nb, timeout=None, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    for o in [o for c in nb.cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]:
+        o.data['image/png'] = smaller(o.data['image/png'])
     nbformat.write(nb, path)
+
+
+if __name__ == '__main__':
+    pages = [p for p in sorted(root.glob('nbs/**/*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
+    for path in map(Path, sys.argv[1:] or pages): run(path)

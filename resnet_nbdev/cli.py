@@ -68,7 +68,7 @@ def pick_device(name:str=None):
     from fastai.torch_core import default_device
     if not name: return default_device()
     try: return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise InputError(f'the device {name!r} is not there ({str(e).splitlines()[0]})') from None
 
 # %% ../nbs/07_cli.ipynb #1aaaad61
@@ -97,10 +97,10 @@ def resnet_fine_tune(
     if not (source or data):
         raise InputError('name a dataset, as in resnet_fine_tune digits, or a folder, with --data PATH')
     from fastai.vision.all import set_seed
-    from resnet_nbdev.data import get_data, settings_of
+    from resnet_nbdev.data import check_counts, get_data, settings_of
     from resnet_nbdev.learner import resnet_learner
     from resnet_nbdev.resnet import check_arch
-    from resnet_nbdev.runs import fine_tune, free_name, run_path
+    from resnet_nbdev.runs import check_schedule, fine_tune, free_name, run_path
     quiet_bars()
     conf = settings_of(source)
     given = dict(arch=arch, freeze_epochs=freeze_epochs, epochs=epochs, base_lr=base_lr)
@@ -109,8 +109,11 @@ def resnet_fine_tune(
     if not 0 <= seed < 2**32: raise InputError(f'the seed must lie between 0 and {2**32-1}, and is {seed}')
     arguments = dict(source=source, data=data, arch=arch, presize=presize, resize=resize, bs=bs, strict=strict,
                      max_per_class=max_per_class, seed=seed, device=device, workers=workers)
-    name = name or free_name(f"{Path(source or data).expanduser().resolve().name.split('.')[0]}-{arch}", runs)
-    run_path(name, runs) # before a long download, not after it
+    if name is None: name = free_name(f"{Path(source or data).expanduser().resolve().name.split('.')[0]}-{arch}", runs)
+    run_path(name, runs) # all of this before a long download, not after it
+    check_schedule(freeze_epochs, epochs, base_lr)
+    check_counts(presize=presize, resize=resize, bs=bs, max_per_class=max_per_class)
+    check_counts(0, workers=workers)
     device = pick_device(device)
     set_seed(seed)
     dls = get_data(source or data, presize, resize, bs, path=data, max_per_class=max_per_class, strict=strict,

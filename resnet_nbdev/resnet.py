@@ -157,7 +157,9 @@ def load_weights(
     problems = {'missing': sorted(want.keys() - state.keys()), 'unexpected': sorted(state.keys() - want.keys()),
                 'of another shape': [f'{k} {got}, not {need}' for k,(got,need) in shapes.items() if got != need]}
     wrong = [f"{len(v)} {what} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for what,v in problems.items() if v]
-    if wrong: raise InputError('these weights belong to another network: ' + '; '.join(wrong))
+    if wrong:
+        what = source if isinstance(source, (str, Path)) else 'the mapping'
+        raise InputError(f"{what} holds the weights of another network: {'; '.join(wrong)}")
     with torch.no_grad():
         for k,v in want.items(): v.copy_(state[k])
     return model

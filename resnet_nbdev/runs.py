@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['run_path', 'free_name', 'make_run', 'write_file', 'write_json', 'versions', 'git_commit', 'describe_device',
-           'plot_history', 'RunRecorder', 'save_figure', 'explain_failure', 'fine_tune', 'load_run', 'predict']
+           'plot_history', 'hold_interrupts', 'RunRecorder', 'save_figure', 'explain_failure', 'check_schedule',
+           'fine_tune', 'load_run', 'predict']
 
 # %% ../nbs/05_runs.ipynb #2f4bf6bf
-import json, math, os, platform, subprocess, sys, time
+import json, math, os, platform, signal, subprocess, time
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-import matplotlib.pyplot as plt, numpy as np, pandas as pd
-import torch
+import matplotlib.pyplot as plt, pandas as pd, torch
 from fastai.vision.all import Callback, Learner, default_device
 from safetensors.torch import save
 import resnet_nbdev
@@ -58,11 +58,16 @@ def make_run(path:Path) -> Path: # the same path, now a folder
 def write_file(path:Path, content:bytes):
     "Write a file so that at any instant, a crash included, there is the old one or the new one and never a part"
     tmp = path.with_name(f'.{path.name}.part')
-    with open(tmp, 'wb') as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        with open(tmp, 'wb') as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException as e:
+        tmp.unlink(missing_ok=True)
+        if isinstance(e, OSError) and not e.filename: e.filename = str(path) # a full disk does not say where
+        raise
 
 def write_json(path:Path, content:dict):
     "Write a dictionary as readable JSON; a value that JSON has no number for becomes null"
@@ -124,6 +129,11 @@ def plot_history(
     return fig
 
 # %% ../nbs/05_runs.ipynb #933b3938
+def hold_interrupts(hold:bool):
+    "Let Ctrl-C wait while worker processes are forked, where Python can lose it, and keep it from the workers for good"
+    if hasattr(signal, 'pthread_sigmask'): # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, {signal.SIGINT})
+
 class RunRecorder(Callback):
     "Writes a row of history.csv, metrics.json and the weights after each epoch"
     order = 55 # after fastai's Recorder, which has the losses, and before the progress bar
@@ -132,6 +142,9 @@ class RunRecorder(Callback):
         self.rows,self.best,self.cycle,self.status = [],None,0,'running'
 
     def before_fit(self): self.cycle += 1
+    def before_train(self): hold_interrupts(True)
+    def before_validate(self): hold_interrupts(True)
+    def before_batch(self): hold_interrupts(False)
     def before_epoch(self): self.start,self.images = time.perf_counter(),0
     def after_batch(self):
         if self.training: self.images += len(self.xb[0])
@@ -142,7 +155,6 @@ class RunRecorder(Callback):
         row = {'epoch': len(self.rows)+1, 'cycle': self.cycle, **measured,
                'seconds': round(time.perf_counter() - self.start, 3),
                'images/s': round(self.images/self.train_seconds, 2)}
-        self.rows.append(row)
         loss = row['valid_loss']
         score = (row.get('accuracy', 0), -loss if math.isfinite(loss) else -math.inf)
         weights = self.weights(row)
@@ -150,14 +162,15 @@ class RunRecorder(Callback):
         if self.best is None or score > self.best[0]:
             self.best = score,row
             write_file(self.folder/'best.safetensors', weights)
+        self.rows.append(row)
         write_file(self.folder/'history.csv', self.history.to_csv(index=False).encode())
         self.write_metrics()
 
     def weights(self, row): # bytes of a safetensors file
         model = self.learn.model
         state = torchvision_state(model) if isinstance(model, ResNet) else model.state_dict()
-        about = dict(arch=str(getattr(self.learn, 'arch', '')), epoch=str(row['epoch']),
-                     vocab=json.dumps(list(map(str, self.dls.vocab))))
+        about = dict(arch=getattr(self.learn, 'arch', None), epoch=row['epoch'], vocab=list(map(str, self.dls.vocab)))
+        about = {'about': json.dumps(about)} # a single entry: safetensors writes several in random order
         return save({k: v.detach().cpu().contiguous() for k,v in state.items()}, metadata=about)
 
     @property
@@ -191,6 +204,12 @@ def explain_failure(e:BaseException) -> str: # '' for what is not known
         return 'batch norm has one value a channel to normalise: choose a larger batch (bs) or larger images (resize)'
     return ''
 
+def check_schedule(freeze_epochs:int, epochs:int, base_lr:float):
+    "Raise `InputError` for a schedule that cannot be trained"
+    check_counts(epochs=epochs)
+    check_counts(0, freeze_epochs=freeze_epochs)
+    if not (0 < base_lr < math.inf): raise InputError(f'base_lr must be a positive number, and is {base_lr}')
+
 def fine_tune(
     learn:Learner, # with `dls` from `get_data`, if the run is to be used by `predict`
     name:str, # name of the run
@@ -203,19 +222,17 @@ def fine_tune(
     **kw # handed to `Learner.fine_tune`
 ) -> Learner: # the same learner, after its last epoch, with the run's folder as `learn.run_path`
     "fastai's `fine_tune`, recorded in the folder runs/name"
-    check_counts(epochs=epochs)
-    check_counts(0, freeze_epochs=freeze_epochs)
-    if not (0 < base_lr < math.inf): raise InputError(f'base_lr must be a positive number, and is {base_lr}')
+    check_schedule(freeze_epochs, epochs, base_lr)
     learn.run_path = make_run(run_path(name, runs))
     recorder = RunRecorder(learn.run_path, freeze_epochs + epochs, sum(p.numel() for p in learn.model.parameters()))
     arguments = {**(arguments or {}), 'freeze_epochs': freeze_epochs, 'epochs': epochs, 'base_lr': base_lr, **kw}
-    write_json(learn.run_path/'config.json', dict(
-        name=name, created=datetime.now(timezone.utc).isoformat(timespec='seconds'), arch=getattr(learn, 'arch', None),
-        arguments=arguments, seed=arguments.get('seed'), device=describe_device(learn.dls.device), versions=versions(),
-        commit=git_commit(), data=getattr(learn.dls, 'info', None)))
     try:
+        recorder.write_metrics() # from here on, the folder tells its state
+        write_json(learn.run_path/'config.json', dict(
+            name=name, created=datetime.now(timezone.utc).isoformat(timespec='seconds'), arguments=arguments,
+            arch=getattr(learn, 'arch', None), seed=arguments.get('seed'), device=describe_device(learn.dls.device),
+            versions=versions(), commit=git_commit(), data=getattr(learn.dls, 'info', None)))
         with learn.added_cbs(recorder):
-            recorder.write_metrics()
             if freeze_epochs: learn.fine_tune(epochs, base_lr, freeze_epochs=freeze_epochs, **kw)
             else: # what fastai's fine_tune does after its frozen cycle
                 learn.unfreeze()
@@ -223,6 +240,7 @@ def fine_tune(
                 learn.fit_one_cycle(epochs, lrs, **{'pct_start': 0.3, 'div': 5.0, **kw})
             recorder.finish('finished')
     except BaseException as e:
+        hold_interrupts(False)
         recorder.finish('interrupted' if isinstance(e, KeyboardInterrupt) else 'failed')
         if (known := explain_failure(e)): raise InputError(known) from e
         raise
@@ -243,7 +261,9 @@ def load_run(
         raise InputError(f"there is no run {run}; {runs}/ has {', '.join(known) or 'none'}")
     try: config = json.loads((path/'config.json').read_text())
     except ValueError as e: raise InputError(f'{path}/config.json is not readable ({e})') from None
-    if config.get('arch') not in ARCHS or not config.get('data'):
+    data = config.get('data') if isinstance(config, dict) else None
+    known = isinstance(data, dict) and {'vocab', 'presize', 'resize', 'augment'} <= data.keys()
+    if not known or str(config.get('arch')) not in ARCHS:
         raise InputError(f'{path} is not the run of a network of this project on data from get_data')
     if not (path/f'{weights}.safetensors').exists():
         raise InputError(f'{path} has no {weights}.safetensors: no epoch of it was finished')

@@ -71,7 +71,7 @@ def test_train_by_name_with_data(run_cli, photos, tmp_path):
 
 @pytest.mark.slow
 def test_whole_imagenette_160(tmp_path):
-    "Three epochs of ResNet-18 at 64 px on all 9,469 photos: about 6 minutes on two cores"
+    "Three epochs of ResNet-18 at 64 px on all 9,469 photos: about 8 minutes on two cores"
     with zipfile.ZipFile(imagenette_zip()) as z: z.extractall(tmp_path)
     start = time.monotonic()
     done = run_command('resnet_fine_tune', '--data', tmp_path/'imagenette2-160', *TRAIN, '--epochs', 2,

@@ -22,8 +22,9 @@ def notebooks(tmp_path):
 
 
 def test_few_photos(notebooks, photos):
-    r = subprocess.run([script('nbdev_test'), '--path', f'nbs/tutorials/{NAME}', '--flags', 'net'], cwd=notebooks.parent,
-                       env=environment(RESNET_DATA=str(photos.parent)), capture_output=True, text=True, timeout=600)
+    command = [script('nbdev_test'), '--path', f'nbs/tutorials/{NAME}', '--flags', 'net']
+    r = subprocess.run(command, cwd=notebooks.parent, env=environment(RESNET_DATA=str(photos.parent)),
+                       capture_output=True, text=True, timeout=600)
     assert r.returncode == 0 and 'Success' in r.stdout, r.stderr
     run, = (notebooks/'tutorials'/'runs').iterdir()
     assert json.loads((run/'metrics.json').read_text())['status'] == 'finished'
