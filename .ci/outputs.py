@@ -1,7 +1,7 @@
 """Run notebooks from top to bottom and store what they show: python .ci/outputs.py [NOTEBOOK ...]; by default all.
 
-A cell with the flag `cuda` is passed over where there is no GPU. Everything else runs, whatever its flags. Pictures with
-photos in them are stored in 256 colours, so that a notebook stays below 1 MB.
+A cell with the flag `cuda` is passed over where there is no GPU. Everything else runs, whatever its flags. Large
+pictures are stored in 256 colours, so that a notebook stays below 1 MB.
 """
 import base64
 import io
