@@ -1,4 +1,4 @@
-"""Imagenette's photos through the whole project: a small part of them, and, marked slow, all of the 160 px copies."""
+"""Imagenette's photos through the whole project: a small part of them, and, marked slow, a larger one."""
 import json
 import os
 import zipfile
