@@ -1,4 +1,5 @@
 "Write README.md as the Markdown of nbs/index.ipynb; with --check only say whether it is up to date."
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,10 @@ def readme():
         c.source = '\n'.join(l for l in c.source.splitlines() if not l.startswith('#|'))
         for o in c.get('outputs', []):  # a table as text, since GitHub shows no styled HTML
             if 'data' in o: o.data = {'text/plain': o.data['text/plain']}
+    nb.metadata['language_info'] = {'name': 'python'}
     text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = re.sub(r'\]\((?!http|\.\.)', '](nbs/', text).replace('](../', '](')  # README.md lies one folder higher
+    text = re.sub(r'\n{3,}', '\n\n', text)
     note = '<!-- made from nbs/index.ipynb by .ci/readme.py: edit there -->\n\n'
     return note + text.strip() + '\n'
 
