@@ -45,11 +45,14 @@ def free_name(
     taken = lambda n: (Path(runs).expanduser()/n).exists()
     return name if not taken(name) else next(n for i in range(2, 10**9) if not taken(n := f'{name}-{i}'))
 
-def make_run(path:Path) -> Path: # the same path, now a folder
+def make_run(
+    path:Path, # where it goes
+    config:dict # what its config.json says
+) -> Path: # the same path, now a folder
     "Make the folder of a run, or say why it cannot be made"
     try:
         path.mkdir(parents=True)
-        write_file(path/'config.json', b'{}')
+        write_json(path/'config.json', config)
     except FileExistsError:
         raise InputError(f'{path} exists already: choose another name for the run, or move it away') from None
     except OSError as e: raise InputError(f'the run folder {path} cannot be written ({e.strerror})') from None
@@ -223,15 +226,20 @@ def fine_tune(
 ) -> Learner: # the same learner, after its last epoch, with the run's folder as `learn.run_path`
     "fastai's `fine_tune`, recorded in the folder runs/name"
     check_schedule(freeze_epochs, epochs, base_lr)
-    learn.run_path = make_run(run_path(name, runs))
-    recorder = RunRecorder(learn.run_path, freeze_epochs + epochs, sum(p.numel() for p in learn.model.parameters()))
     arguments = {**(arguments or {}), 'freeze_epochs': freeze_epochs, 'epochs': epochs, 'base_lr': base_lr, **kw}
+    config = dict(name=name, created=datetime.now(timezone.utc).isoformat(timespec='seconds'), arguments=arguments,
+                  arch=getattr(learn, 'arch', None), seed=arguments.get('seed'), device=describe_device(learn.dls.device),
+                  versions=versions(), commit=git_commit(), data=getattr(learn.dls, 'info', None))
+    hold_interrupts(True) # a folder that is there tells what it is
     try:
-        recorder.write_metrics() # from here on, the folder tells its state
-        write_json(learn.run_path/'config.json', dict(
-            name=name, created=datetime.now(timezone.utc).isoformat(timespec='seconds'), arguments=arguments,
-            arch=getattr(learn, 'arch', None), seed=arguments.get('seed'), device=describe_device(learn.dls.device),
-            versions=versions(), commit=git_commit(), data=getattr(learn.dls, 'info', None)))
+        learn.run_path = make_run(run_path(name, runs), config)
+        recorder = RunRecorder(learn.run_path, freeze_epochs + epochs, sum(p.numel() for p in learn.model.parameters()))
+        recorder.write_metrics()
+    except BaseException:
+        hold_interrupts(False)
+        raise
+    try:
+        hold_interrupts(False)
         with learn.added_cbs(recorder):
             if freeze_epochs: learn.fine_tune(epochs, base_lr, freeze_epochs=freeze_epochs, **kw)
             else: # what fastai's fine_tune does after its frozen cycle
