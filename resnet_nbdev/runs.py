@@ -228,8 +228,8 @@ def fine_tune(
     check_schedule(freeze_epochs, epochs, base_lr)
     arguments = {**(arguments or {}), 'freeze_epochs': freeze_epochs, 'epochs': epochs, 'base_lr': base_lr, **kw}
     config = dict(name=name, created=datetime.now(timezone.utc).isoformat(timespec='seconds'), arguments=arguments,
-                  arch=getattr(learn, 'arch', None), seed=arguments.get('seed'), device=describe_device(learn.dls.device),
-                  versions=versions(), commit=git_commit(), data=getattr(learn.dls, 'info', None))
+                  arch=getattr(learn, 'arch', None), seed=arguments.get('seed'), versions=versions(),
+                  commit=git_commit(), device=describe_device(learn.dls.device), data=getattr(learn.dls, 'info', None))
     hold_interrupts(True) # a folder that is there tells what it is
     try:
         learn.run_path = make_run(run_path(name, runs), config)
