@@ -255,7 +255,7 @@ def fine_tune(
     save_figure(plot_predictions(learn), learn.run_path/'predictions.png')
     return learn
 
-# %% ../nbs/05_runs.ipynb #f18aa234
+# %% ../nbs/05_runs.ipynb #19c03765
 def load_run(
     run:str|Path, # folder of a run, or its name
     weights:str='best', # 'best' or 'last'
@@ -276,7 +276,7 @@ def load_run(
     if not (path/f'{weights}.safetensors').exists():
         raise InputError(f'{path} has no {weights}.safetensors: no epoch of it was finished')
     model = create_resnet(config['arch'], len(config['data']['vocab']))
-    return load_weights(model, path/f'{weights}.safetensors').eval(), config
+    return load_weights(model, path/f'{weights}.safetensors', strict=True).eval(), config
 
 @torch.no_grad()
 def predict(
