@@ -13,16 +13,19 @@ from torch import nn
 from .blocks import InputError
 from .resnet import ResNet, create_resnet, load_weights
 
-# %% ../nbs/04_learner.ipynb #08dd65d5
+# %% ../nbs/04_learner.ipynb #970083a3
 def stage_groups(model:ResNet) -> list: # of lists of parameters: stem, each stage, head
     "Parameter groups from the image to the classes, for freezing and discriminative learning rates"
-    stages = [m for n,m in model.body.named_children() if n.startswith('layer')]
-    stem = [p for n,m in model.body.named_children() if not n.startswith('layer') for p in params(m)]
-    return [stem, *[params(m) for m in stages], params(model.head)]
+    parts = dict(model.body.named_children())
+    stages = [n for n in parts if n.startswith('layer')]
+    first,last = (list(parts).index(stages[i]) for i in (0, -1))
+    modules = list(parts.values())
+    groups = [modules[:first], *[[m] for m in modules[first:last+1]], [*modules[last+1:], model.head]]
+    return [[p for m in g for p in params(m)] for g in groups]
 
 PLANS = {'all': trainable_params, 'discriminative': stage_groups}
 
-# %% ../nbs/04_learner.ipynb #73d37070
+# %% ../nbs/04_learner.ipynb #faac199b
 def resnet_learner(
     dls:DataLoaders, # with a vocab
     arch='resnet34', # a name in `resnet.ARCHS`, or a model that takes (N, 3, H, W) and returns (N, classes)
@@ -33,6 +36,8 @@ def resnet_learner(
     "A `Learner` for a residual network with as many outputs as the data has classes"
     if plan not in PLANS: raise InputError(f"unknown plan {plan!r}: it is one of {', '.join(PLANS)}")
     model = create_resnet(arch, len(dls.vocab)) if isinstance(arch, str) else arch
+    size = getattr(dls, 'info', {}).get('resize')
+    if size and isinstance(model, ResNet): model.check_size(size, size)
     if weights is not None: load_weights(model, weights)
     learn = Learner(dls, model, **{'metrics': accuracy, 'splitter': PLANS[plan], **kw})
     learn.arch = arch if isinstance(arch, str) else type(arch).__name__

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEMS', 'ARCHS', 'IMAGENET', 'IMAGENET_URL', 'stem_layers', 'ResNet', 'init_weights', 'check_block', 'custom_resnet',
            'layer_table', 'plot_network', 'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'cifar_resnet',
-           'check_arch', 'create_resnet', 'torchvision_state', 'imagenet_name', 'imagenet_file', 'adapt_conv1',
-           'load_weights']
+           'check_arch', 'create_resnet', 'torchvision_state', 'imagenet_name', 'imagenet_file', 'standard_names',
+           'adapt_conv1', 'load_weights']
 
 # %% ../nbs/01_resnet.ipynb #500ba34c
 from collections import OrderedDict
@@ -40,7 +40,7 @@ def stem_layers(
     if kind != 'cifar': layers.append(('maxpool', nn.MaxPool2d(3, 2, padding=1)))
     return layers
 
-# %% ../nbs/01_resnet.ipynb #44a84635
+# %% ../nbs/01_resnet.ipynb #4c01de2d
 class ResNet(nn.Module):
     "A `body` (conv1, bn1, relu, maxpool, layer1, ...) that makes feature maps, a `head` that classifies their average"
     def __init__(self,
@@ -51,10 +51,14 @@ class ResNet(nn.Module):
         super().__init__()
         self.body,self.head,self.stride = body,head,stride
 
+    def check_size(self, height:int, width:int):
+        "Raise `InputError` for images that are smaller than the stride"
+        if height < self.stride or width < self.stride:
+            raise InputError(f'images of {height}x{width} pixels are too small for the strides of this network, '
+                             f'which needs {self.stride} pixels in each direction')
+
     def forward(self, x:Tensor) -> Tensor: # (N, in_channels, H, W) -> (N, classes), before the softmax
-        if x.shape[-2] < self.stride or x.shape[-1] < self.stride:
-            raise InputError(f'images of {x.shape[-2]}x{x.shape[-1]} pixels are too small for the strides of this '
-                             f'network, which needs {self.stride} pixels in each direction')
+        self.check_size(x.shape[-2], x.shape[-1])
         return self.head(self.body(x))
 
 def init_weights(model:nn.Module) -> nn.Module:
@@ -322,28 +326,32 @@ def imagenet_file(
         raise InputError(f'{url} could not be fetched ({e})') from None
     return path
 
-# %% ../nbs/01_resnet.ipynb #fac49d80
+# %% ../nbs/01_resnet.ipynb #cc00a939
 _TIMM_V2 = {r'^stem\.conv\.': 'conv1.', r'^stem\.conv1\.': 'conv1.0.', r'^stem\.norm1\.': 'conv1.1.',
             r'^stem\.conv2\.': 'conv1.3.', r'^stem\.norm2\.': 'conv1.4.', r'^stem\.conv3\.': 'conv1.6.',
             r'^stages\.(\d+)\.blocks\.': lambda m: f'layer{int(m[1])+1}.',
             r'\.norm(\d)\.': r'.bn\1.', r'^norm\.': 'bn.'}
 
-def _standard_names(state, pooled): # pooled: projections stand behind a pool
+def standard_names(
+    state, # what a weights file holds: a mapping of names to tensors, or one wrapped in another
+    model:ResNet # the network that it is for
+) -> dict: # torchvision's names -> tensors; raises `InputError` for anything else
+    "Weights under torchvision's names, as in `torchvision_state`"
     for o in ('state_dict', 'model'):
         if isinstance(state, Mapping) and isinstance(state.get(o), Mapping): state = state[o]
     if not isinstance(state, Mapping):
         raise InputError(f'weights are a mapping of names to tensors, and not {type(state).__name__}')
-    out = {}
+    out,behind_pool = {},int(any(isinstance(m, nn.AvgPool2d) for m in model.body.modules()))
     for k,v in state.items():
         if not (isinstance(k, str) and isinstance(v, Tensor)):
             raise InputError(f'weights are a mapping of names to tensors, and {k!r} is {type(v).__name__}')
         for o in ('module.', '_orig_mod.', 'body.', 'head.'): k = k.removeprefix(o)
         for pattern,to in _TIMM_V2.items(): k = re.sub(pattern, to, k)
-        k = k.replace('.downsample.conv.', f'.downsample.{int(pooled)}.')
+        k = k.replace('.downsample.conv.', f'.downsample.{behind_pool}.')
         out[k] = v.flatten(1) if k == 'fc.weight' and v.ndim == 4 else v # timm's may be a 1x1 convolution
     return out
 
-# %% ../nbs/01_resnet.ipynb #b2dbc8ce
+# %% ../nbs/01_resnet.ipynb #007d4049
 def adapt_conv1(
     weight:Tensor, # (out_channels, old, ks, ks)
     channels:int # new number of input channels
@@ -367,7 +375,7 @@ def load_weights(
         raise InputError(f"weights are a path, a mapping or 'imagenet', and not {type(source).__name__}")
     want,said = torchvision_state(model),[]
     state = source if isinstance(source, Mapping) else _read_weights(source)
-    state = _standard_names(state, 'layer2.0.downsample.1.weight' in want and 'layer2.0.downsample.1.bias' not in want)
+    state = standard_names(state, model)
     if not strict:
         first = next(k for k,v in want.items() if v.ndim == 4)
         got,need = (o[first].shape[1] if first in o and o[first].ndim == 4 else 0 for o in (state, want))

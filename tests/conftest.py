@@ -160,22 +160,28 @@ def digit_files(digits_run):
     return [sorted((Path(HOME)/'data'/'digits'/'val'/str(c)).iterdir())[0] for c in range(10)]
 
 
-def imagenette_zip():
-    path = Path(os.environ.get('RESNET_SHARED') or ROOT.parent/'shared'/'data')/'imagenette2-160.zip'
-    if not path.is_file(): pytest.skip(f'there is no {path}: set RESNET_SHARED to the folder of imagenette2-160.zip')
+def shared_file(name):
+    path = Path(os.environ.get('RESNET_SHARED') or ROOT.parent/'shared'/'data')/name
+    if not path.is_file(): pytest.skip(f'there is no {path}: set RESNET_SHARED to the folder of {name}')
     return path
 
 
-@pytest.fixture(scope='session')
-def photos(tmp_path_factory):
-    "24 training and 8 validation photos of each class of Imagenette, under their official names"
-    dest, taken = tmp_path_factory.mktemp('photos'), {}
+def imagenette_zip(): return shared_file('imagenette2-160.zip')
+
+
+def extract_photos(dest, **most):
+    "The first photos by file name of each class of Imagenette, for example train=24, val=8, under their official names"
+    taken = {}
     with zipfile.ZipFile(imagenette_zip()) as z:
         for name in sorted(o for o in z.namelist() if o.endswith('.JPEG')):
             place = name.rsplit('/', 1)[0]
             taken[place] = taken.get(place, 0) + 1
-            if taken[place] <= (24 if '/train/' in name else 8): z.extract(name, dest)
+            if taken[place] <= most.get(place.split('/')[1], 0): z.extract(name, dest)
     return dest/'imagenette2-160'
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory): return extract_photos(tmp_path_factory.mktemp('photos'), train=24, val=8)
 
 
 @pytest.fixture
