@@ -1,10 +1,11 @@
 """Run notebooks from top to bottom and store what they show: python .ci/outputs.py [NOTEBOOK ...]; by default all.
 
-A cell with the flag `cuda` is passed over where there is no GPU. Everything else runs, whatever its flags. Large
-pictures are stored in 256 colours, so that a notebook stays below 1 MB.
+A cell with the flag `net`, which downloads, is passed over, and one with `cuda` where there is no GPU. Everything else
+runs, whatever its flags. Large pictures are stored in 256 colours, so that a notebook stays below 1 MB.
 """
 import base64
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ root = Path(__file__).resolve().parents[1]
 
 class Client(NotebookClient):
     async def async_execute_cell(self, cell, *args, **kwargs):
-        if '#| cuda' in cell.source.splitlines() and not cuda.is_available():
+        flags = cell.source.splitlines()
+        if '#| net' in flags or '#| cuda' in flags and not cuda.is_available():
             cell.outputs = []
             return cell
         return await super().async_execute_cell(cell, *args, **kwargs)
@@ -42,5 +44,6 @@ def run(path):
 
 
 if __name__ == '__main__':
+    os.environ['PYTHONWARNINGS'] = 'ignore:IProgress not found'  # tqdm's wish for ipywidgets
     pages = [p for p in sorted(root.glob('nbs/**/*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
     for path in map(Path, sys.argv[1:] or pages): run(path)

@@ -152,7 +152,7 @@ def stride_accuracy(
         rows[o] = dict(top1=top[:, 0].double().mean().item(), top5=top.any(1).double().mean().item())
     return pd.DataFrame(rows).T.rename_axis('stride_on')
 
-# %% ../nbs/08_bench.ipynb #d8cf5ad6
+# %% ../nbs/08_bench.ipynb #779fd9d1
 def save_result(
     path:Path, # of a .json file
     what:str, # one sentence
@@ -177,6 +177,7 @@ def resnet_bench(
     weights:str=None, # of strides: a .safetensors or .pth file
     data:str='imagenette', # of strides: Imagenette, by name or as a folder
     device:str='cpu', # cpu, cuda, cuda:1, mps
+    note:str=None, # what a reader has to know of the data
     out:str=None, # folder for a JSON file with the figures and their conditions
 ):
     "Measure and print. Example: resnet_bench model --arch resnet50"
@@ -197,4 +198,5 @@ def resnet_bench(
     else: raise InputError(f"unknown benchmark {what!r}: it is 'model' or 'strides'")
     print(said)
     print(pd.json_normalize(values).iloc[0].round(4).to_string())
+    if note: facts['note'] = note
     if out: save_result(Path(out)/f'{name}.json', said, values, call, device, **facts)

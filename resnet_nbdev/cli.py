@@ -71,13 +71,13 @@ def pick_device(name:str=None):
     except (RuntimeError, AssertionError, ImportError) as e:
         raise InputError(f'the device {name!r} is not there ({str(e).splitlines()[0]})') from None
 
-# %% ../nbs/07_cli.ipynb #1aaaad61
+# %% ../nbs/07_cli.ipynb #62b558c0
 @command
 def resnet_fine_tune(
     source:str=None, # digits, imagenette, imagenette_320, imagenette_160, the address of an archive, or a folder
     *,
     data:str=None, # folder with train/<class>/ and val/<class>/, in place of the name or as its local copy
-    arch:str=None, # resnet18, 34, 50, 101, 152 or cifar_resnet8, 20, ..., 110 (default: resnet34 for imagenette)
+    arch:str=None, # resnet18, resnet34, ..., cifar_resnet8, or another of resnet.ARCHS (default: the data's)
     freeze_epochs:int=None, # epochs of the first cycle (default: 3 for imagenette)
     epochs:int=None, # epochs of the second cycle (default: 12 for imagenette)
     base_lr:float=None, # highest learning rate (default: 5e-4 for imagenette)

@@ -351,7 +351,7 @@ def standard_names(
         out[k] = v.flatten(1) if k == 'fc.weight' and v.ndim == 4 else v # timm's may be a 1x1 convolution
     return out
 
-# %% ../nbs/01_resnet.ipynb #007d4049
+# %% ../nbs/01_resnet.ipynb #d25ac67e
 def adapt_conv1(
     weight:Tensor, # (out_channels, old, ks, ks)
     channels:int # new number of input channels
@@ -363,40 +363,48 @@ def adapt_conv1(
     if channels == 1: return weight.sum(1, keepdim=True)
     return weight.repeat(1, -(-channels//old), 1, 1)[:, :channels] * (old/channels)
 
+def _bridge(state, want): # changes `state` and returns what there is to say
+    said = []
+    first = next(k for k,v in want.items() if v.ndim == 4)
+    got,need = (o[first].shape[1] if first in o and o[first].ndim == 4 else 0 for o in (state, want))
+    if got and got != need:
+        state[first] = adapt_conv1(state[first], need)
+        how = 'summed' if need == 1 else f'repeated in turn and scaled by {got}/{need}'
+        said.append(f'{got} input channels in the weights and {need} in the model: the filters of conv1 are {how}')
+    got,need = (o['fc.bias'].numel() if 'fc.bias' in o else 0 for o in (state, want))
+    if got and got != need:
+        for k in ('fc.weight', 'fc.bias'): state[k] = want[k]
+        said.append(f'{got} classes in the weights and {need} in the model: its head stays as it is')
+    return said
+
+def _mismatch(state, want): # '' if all fits
+    kind = lambda t: (t.is_floating_point(), t.layout)
+    both = [(k, state[k], v) for k,v in want.items() if k in state]
+    problems = {'missing': sorted(want.keys() - state.keys()), 'unexpected': sorted(state.keys() - want.keys()),
+                'of another shape': [f'{k} {tuple(a.shape)}, not {tuple(b.shape)}'
+                                     for k,a,b in both if a.shape != b.shape],
+                'of another type': [f'{k} {a.dtype}, {a.layout}' for k,a,b in both if kind(a) != kind(b)]}
+    some = lambda names: ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
+    return '; '.join(f'{len(v)} {why} ({some(v)})' for why,v in problems.items() if v)
+
 def load_weights(
     model:ResNet, # changed in place, and only if all weights fit
     source, # path of a .safetensors or .pth file, a mapping of names to tensors, or 'imagenet'
     strict:bool=False # refuse another number of classes or input channels instead of bridging it
 ) -> ResNet: # the same model
-    "Fill `model` with weights, all or none of them; they take the precision of the model"
-    what = 'the mapping' if isinstance(source, Mapping) else source
-    if isinstance(source, str) and source == 'imagenet': what = source = imagenet_file(imagenet_name(model))
+    "Fill `model` with weights, all or none of them, in its own precision; raises `InputError` for what does not fit"
     if not isinstance(source, (str, Path, Mapping)):
         raise InputError(f"weights are a path, a mapping or 'imagenet', and not {type(source).__name__}")
-    want,said = torchvision_state(model),[]
-    state = source if isinstance(source, Mapping) else _read_weights(source)
-    state = standard_names(state, model)
-    if not strict:
-        first = next(k for k,v in want.items() if v.ndim == 4)
-        got,need = (o[first].shape[1] if first in o and o[first].ndim == 4 else 0 for o in (state, want))
-        if got and got != need:
-            state[first] = adapt_conv1(state[first], need)
-            how = 'summed' if need == 1 else f'repeated in turn and scaled by {got}/{need}'
-            said.append(f'{got} input channels in the weights and {need} in the model: the filters of conv1 are {how}')
-        got,need = (o['fc.bias'].numel() if 'fc.bias' in o else 0 for o in (state, want))
-        if got and got != need:
-            for k in ('fc.weight', 'fc.bias'): state[k] = want[k]
-            said.append(f'{got} classes in the weights and {need} in the model: its head stays as it is')
+    if isinstance(source, str) and source == 'imagenet': source = imagenet_file(imagenet_name(model))
+    want = torchvision_state(model)
+    state = standard_names(source if isinstance(source, Mapping) else _read_weights(source), model)
     for k,v in want.items(): # older files do not count batches
         if k.endswith('num_batches_tracked'): state.setdefault(k, torch.zeros_like(v))
-    both = [k for k in want if k in state]
-    kind = lambda t: (t.is_floating_point(), t.layout)
-    problems = {'missing': sorted(want.keys() - state.keys()), 'unexpected': sorted(state.keys() - want.keys()),
-                'of another shape': [f'{k} {tuple(state[k].shape)}, not {tuple(want[k].shape)}' for k in both
-                                     if state[k].shape != want[k].shape],
-                'of another type': [f'{k} {state[k].dtype}' for k in both if kind(state[k]) != kind(want[k])]}
-    wrong = [f"{len(v)} {why} ({', '.join(v[:3])}{', ...' if len(v) > 3 else ''})" for why,v in problems.items() if v]
-    if wrong: raise InputError(f"{what} holds the weights of another network: {'; '.join(wrong)}")
+    said = [] if strict else _bridge(state, want)
+    wrong = _mismatch(state, want)
+    if wrong:
+        what = 'the mapping' if isinstance(source, Mapping) else source
+        raise InputError(f'{what} holds the weights of another network: {wrong}')
     with torch.no_grad():
         for k,v in want.items(): v.copy_(state[k])
     for o in said: print(o)
