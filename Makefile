@@ -21,7 +21,7 @@ test-slow: .venv/.installed ## what is real but too long for every edit: whole r
 	$(BIN)/python -m pytest -m slow tests
 
 test-latest: dist ## tests/ against the built wheel with the newest fastai and torch, in .venv-latest
-	@$(PYTHON) .ci/venv.py .venv-latest --upgrade dist/*.whl pytest pytest-xdist
+	@$(PYTHON) .ci/venv.py .venv-latest --upgrade dist/*.whl pytest pytest-xdist hypothesis timm
 	cd .venv-latest && OMP_NUM_THREADS=1 bin/python -m pytest -n 2 -m 'not slow' ../tests
 
 prepare: .venv/.installed ## after editing a notebook: export, clean, README.md, tests

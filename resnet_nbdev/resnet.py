@@ -271,21 +271,26 @@ def torchvision_state(model:ResNet) -> dict: # torchvision's key names -> tensor
     "The weights of `model` under the names that torchvision, for ResNet-D timm, and most public checkpoints use"
     return OrderedDict((k.removeprefix('body.').removeprefix('head.'), v) for k,v in model.state_dict().items())
 
-# %% ../nbs/01_resnet.ipynb #744d026c
+# %% ../nbs/01_resnet.ipynb #48f83cdf
 def _read_pickle(path):
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: # a damaged pickle can fail with any error of Python's
         code = re.search(r'GLOBAL (\S+)', str(e))
         if code: raise InputError(f'{path} is refused: it asks for {code[1]}, which is code and not a weight') from None
-        why = (str(e) or type(e).__name__).splitlines()[0]
+        why = re.search(r'WeightsUnpickler error: (.+)', str(e)) # the rest is advice to trust the file
+        why = why[1] if why else (str(e) or type(e).__name__).splitlines()[0]
+        if 'weights_only' in why: why = type(e).__name__
         raise InputError(f'{path} is not a readable weights file ({why})') from None
 
 def _read_weights(path):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
-    path = Path(path).expanduser()
-    if not path.is_file(): raise InputError(f'there is no weights file {path}')
-    if {'.pth', '.pt', '.bin'} & set(path.suffixes): return _read_pickle(path)
+    try:
+        path = Path(path).expanduser()
+        found = path.is_file()
+    except (OSError, RuntimeError): found = False # a name that is too long, the ~ of an unknown user
+    if not found: raise InputError(f'there is no weights file {path}')
+    if re.search(r'.\.(pth|pt|bin)(\.tar)?$', path.name): return _read_pickle(path)
     if path.suffix != '.safetensors': raise InputError(f'{path} is not a .safetensors or .pth file')
     try: return load_file(path)
     except (SafetensorError, OSError) as e:
@@ -326,7 +331,7 @@ def imagenet_file(
         raise InputError(f'{url} could not be fetched ({e})') from None
     return path
 
-# %% ../nbs/01_resnet.ipynb #cc00a939
+# %% ../nbs/01_resnet.ipynb #a12f550c
 _TIMM_V2 = {r'^stem\.conv\.': 'conv1.', r'^stem\.conv1\.': 'conv1.0.', r'^stem\.norm1\.': 'conv1.1.',
             r'^stem\.conv2\.': 'conv1.3.', r'^stem\.norm2\.': 'conv1.4.', r'^stem\.conv3\.': 'conv1.6.',
             r'^stages\.(\d+)\.blocks\.': lambda m: f'layer{int(m[1])+1}.',
@@ -344,14 +349,16 @@ def standard_names(
     out,behind_pool = {},int(any(isinstance(m, nn.AvgPool2d) for m in model.body.modules()))
     for k,v in state.items():
         if not (isinstance(k, str) and isinstance(v, Tensor)):
-            raise InputError(f'weights are a mapping of names to tensors, and {k!r} is {type(v).__name__}')
-        for o in ('module.', '_orig_mod.', 'body.', 'head.'): k = k.removeprefix(o)
+            name = ' '.join(repr(k).split())
+            raise InputError(f'weights are a mapping of names to tensors, and {name} is {type(v).__name__}')
+        if v.layout != torch.strided or v.is_meta: raise InputError(f'{k} is not a dense tensor with values')
+        k = re.sub(r'^((module|_orig_mod)\.)*(body\.|head\.)?', '', k)
         for pattern,to in _TIMM_V2.items(): k = re.sub(pattern, to, k)
         k = k.replace('.downsample.conv.', f'.downsample.{behind_pool}.')
         out[k] = v.flatten(1) if k == 'fc.weight' and v.ndim == 4 else v # timm's may be a 1x1 convolution
     return out
 
-# %% ../nbs/01_resnet.ipynb #d25ac67e
+# %% ../nbs/01_resnet.ipynb #58adaca2
 def adapt_conv1(
     weight:Tensor, # (out_channels, old, ks, ks)
     channels:int # new number of input channels
@@ -359,7 +366,7 @@ def adapt_conv1(
     "Filters for another number of input channels: summed for one, else repeated in turn and scaled by old/new"
     old = weight.shape[1]
     if channels == old: return weight
-    weight = weight.float()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if channels == 1: return weight.sum(1, keepdim=True)
     return weight.repeat(1, -(-channels//old), 1, 1)[:, :channels] * (old/channels)
 
@@ -367,7 +374,7 @@ def _bridge(state, want): # changes `state` and returns what there is to say
     said = []
     first = next(k for k,v in want.items() if v.ndim == 4)
     got,need = (o[first].shape[1] if first in o and o[first].ndim == 4 else 0 for o in (state, want))
-    if got and got != need:
+    if got and got != need and state[first].is_floating_point():
         state[first] = adapt_conv1(state[first], need)
         how = 'summed' if need == 1 else f'repeated in turn and scaled by {got}/{need}'
         said.append(f'{got} input channels in the weights and {need} in the model: the filters of conv1 are {how}')
@@ -378,14 +385,14 @@ def _bridge(state, want): # changes `state` and returns what there is to say
     return said
 
 def _mismatch(state, want): # '' if all fits
-    kind = lambda t: (t.is_floating_point(), t.layout)
     both = [(k, state[k], v) for k,v in want.items() if k in state]
     problems = {'missing': sorted(want.keys() - state.keys()), 'unexpected': sorted(state.keys() - want.keys()),
                 'of another shape': [f'{k} {tuple(a.shape)}, not {tuple(b.shape)}'
                                      for k,a,b in both if a.shape != b.shape],
-                'of another type': [f'{k} {a.dtype}, {a.layout}' for k,a,b in both if kind(a) != kind(b)]}
+                'of another type': [f'{k} {a.dtype}' for k,a,b in both
+                                    if a.is_floating_point() != b.is_floating_point()]}
     some = lambda names: ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
-    return '; '.join(f'{len(v)} {why} ({some(v)})' for why,v in problems.items() if v)
+    return ' '.join('; '.join(f'{len(v)} {why} ({some(v)})' for why,v in problems.items() if v).split())
 
 def load_weights(
     model:ResNet, # changed in place, and only if all weights fit

@@ -110,6 +110,18 @@ def start_cli(tmp_path):
         p.wait(10)
 
 
+def randomised(model):
+    "Batch norms as they may be after training; small weights keep the numbers of deep networks in a usual range"
+    import torch
+    with torch.no_grad():
+        for m in (o for o in model.modules() if isinstance(o, torch.nn.BatchNorm2d)):
+            m.weight.uniform_(.3, .7)
+            for t in (m.bias, m.running_mean): t.uniform_(-.2, .2)
+            m.running_var.uniform_(.5, 1.5)
+            m.num_batches_tracked.random_(1, 1000)
+    return model.eval()
+
+
 def noise(seed, size=20): return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
 
 

@@ -1,29 +1,15 @@
 "Our networks compute what torchvision's and timm's compute: logits, gradients, running statistics, predictions."
 import pytest
 import torch
-from torch import nn
 
+from conftest import extract_photos, randomised, shared_file
 from resnet_nbdev.bench import differences, imagenette_photos, logits_of, operations, stride_accuracy
 from resnet_nbdev.resnet import ARCHS, create_resnet, load_weights, resnet50, torchvision_state
-from conftest import extract_photos, shared_file
 
 models = pytest.importorskip('torchvision.models')
 PARAMETERS = dict(resnet18=11_689_512, resnet34=21_797_672, resnet50=25_557_032, resnet101=44_549_160,
                   resnet152=60_192_808)
 LARGEST = {torch.float32: 1e-4, torch.float64: 1e-10}
-
-
-def randomise(model):
-    "Batch norms as training leaves them; the small weights keep the numbers of deep networks in a usual range"
-    g = torch.Generator().manual_seed(0)
-    uniform = lambda t, low, high: t.copy_(low + (high - low) * torch.rand(t.shape, generator=g))
-    with torch.no_grad():
-        for m in (o for o in model.modules() if isinstance(o, nn.BatchNorm2d)):
-            uniform(m.weight, .3, .7)
-            uniform(m.bias, -.2, .2)
-            uniform(m.running_mean, -.2, .2)
-            uniform(m.running_var, .5, 1.5)
-    return model
 
 
 def assert_same(ours, theirs, dtype, size, record):
@@ -45,7 +31,7 @@ def test_parameters(name):
 @pytest.mark.parametrize('dtype', LARGEST, ids=str)
 @pytest.mark.parametrize('name', PARAMETERS)
 def test_torchvision(name, dtype, record_property):
-    ours, theirs = randomise(create_resnet(name, 1000)), getattr(models, name)()
+    ours, theirs = randomised(create_resnet(name, 1000)), getattr(models, name)()
     theirs.load_state_dict(torchvision_state(ours), strict=True)
     for size in (224, 160): assert_same(ours, theirs, dtype, size, record_property)
 
@@ -53,7 +39,7 @@ def test_torchvision(name, dtype, record_property):
 @pytest.mark.parametrize('name', ['wide_resnet50_2', 'wide_resnet101_2', 'resnext50_32x4d', 'resnext101_32x8d',
                                   'resnext101_64x4d'])
 def test_torchvision_relatives(name, record_property):
-    ours, theirs = randomise(create_resnet(name, 1000)), getattr(models, name)()
+    ours, theirs = randomised(create_resnet(name, 1000)), getattr(models, name)()
     theirs.load_state_dict(torchvision_state(ours), strict=True)
     assert_same(ours, theirs, torch.float32, 96, record_property)
 
@@ -62,7 +48,7 @@ def test_torchvision_relatives(name, record_property):
 @pytest.mark.parametrize('name', ['resnet18d', 'resnet34d', 'resnet50d', 'resnet101d', 'resnet152d'])
 def test_timm_resnet_d(name, dtype, record_property):
     timm = pytest.importorskip('timm')
-    ours, theirs = randomise(create_resnet(name, 1000)), timm.create_model(name)
+    ours, theirs = randomised(create_resnet(name, 1000)), timm.create_model(name)
     theirs.load_state_dict(torchvision_state(ours), strict=True)
     for size in (224, 160): assert_same(ours, theirs, dtype, size, record_property)
 
@@ -70,7 +56,7 @@ def test_timm_resnet_d(name, dtype, record_property):
 @pytest.mark.parametrize('size', [97, 33])
 def test_timm_resnet_d_odd_sizes(size, record_property):
     timm = pytest.importorskip('timm')
-    ours, theirs = randomise(create_resnet('resnet18d', 1000)), timm.create_model('resnet18d')
+    ours, theirs = randomised(create_resnet('resnet18d', 1000)), timm.create_model('resnet18d')
     theirs.load_state_dict(torchvision_state(ours), strict=True)
     assert_same(ours, theirs, torch.float64, size, record_property)
 
@@ -79,7 +65,7 @@ def test_timm_resnet_d_odd_sizes(size, record_property):
 @pytest.mark.parametrize('name, kw', [('18', {}), ('34', {}), ('18d', dict(stem='deep', shortcut_kind='D'))])
 def test_timm_preactivation(name, kw, dtype, record_property):
     timm = pytest.importorskip('timm')
-    theirs = randomise(timm.create_model(f'resnetv2_{name}'))
+    theirs = randomised(timm.create_model(f'resnetv2_{name}'))
     ours = load_weights(create_resnet(f'preact_resnet{name[:2]}', 1000, **kw), theirs.state_dict(), strict=True)
     for size in (224, 160): assert_same(ours, theirs, dtype, size, record_property)
 
@@ -88,7 +74,7 @@ def test_timm_preactivation(name, kw, dtype, record_property):
 def test_the_comparison_sees(kw):
     "Changes that leave the remaining weights loadable: each is far above the tolerance"
     name = 'resnet50' if 'stride_on' in kw else 'resnet18'
-    ours, theirs = randomise(create_resnet(name, 1000, **kw)), getattr(models, name)()
+    ours, theirs = randomised(create_resnet(name, 1000, **kw)), getattr(models, name)()
     theirs.load_state_dict(torchvision_state(ours), strict=False)
     torch.manual_seed(0)
     with torch.no_grad(): a, b = (m.eval()(torch.randn(2, 3, 96, 96)) for m in (ours, theirs))
