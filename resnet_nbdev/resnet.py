@@ -8,10 +8,11 @@ __all__ = ['STEMS', 'ARCHS', 'IMAGENET', 'IMAGENET_URL', 'stem_layers', 'ResNet'
            'check_arch', 'create_resnet', 'torchvision_state', 'imagenet_name', 'imagenet_file', 'standard_names',
            'adapt_conv1', 'load_weights']
 
-# %% ../nbs/01_resnet.ipynb #500ba34c
+# %% ../nbs/01_resnet.ipynb #42adcb9c
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 import inspect, re, sys
 import torch
@@ -69,7 +70,7 @@ def init_weights(model:nn.Module) -> nn.Module:
         if isinstance(m, PreActBlock) and m.zero_init: nn.init.zeros_(m.conv2.weight)
     return model
 
-# %% ../nbs/01_resnet.ipynb #2cba6f66
+# %% ../nbs/01_resnet.ipynb #11e6e126
 def check_block(
     block, # a class, or its name in `BLOCKS`
     kw:dict # options for it
@@ -98,12 +99,12 @@ def custom_resnet(
     **kw # options of every block, for example stride_on='1x1', shortcut_kind='A' or zero_init=True
 ) -> ResNet: # takes (N, in_channels, H, W), returns (N, classes)
     "A residual network for images of any size; raises `InputError` for what cannot be built"
-    if len(block_sizes) != len(feature_map_sizes) or not block_sizes:
+    if len(block_sizes) != len(feature_map_sizes) or len(block_sizes) == 0:
         raise InputError('block_sizes and feature_map_sizes name the same stages, and have '
                          f'{len(block_sizes)} and {len(feature_map_sizes)} entries')
     for what,values in dict(block_sizes=block_sizes, feature_map_sizes=feature_map_sizes, classes=[classes],
                             in_channels=[in_channels]).items():
-        if any(isinstance(o, bool) or not isinstance(o, int) for o in values):
+        if any(isinstance(o, bool) or not isinstance(o, Integral) for o in values):
             raise InputError(f'{what} must be whole numbers, and is {values}')
         if min(values) < 1: raise InputError(f'{what} must be at least 1, and is {min(values)}')
     block = check_block(block, kw)
@@ -235,18 +236,20 @@ def resnet152(classes:int=1000, weights=None, **kw) -> ResNet:
     "ResNet-152; `weights` as in `load_weights`, `kw` as in `custom_resnet`"
     return _family(BottleneckBlock, [3,8,36,3], classes, weights, kw)
 
-# %% ../nbs/01_resnet.ipynb #f1228d61
+# %% ../nbs/01_resnet.ipynb #3d57fafc
 def cifar_resnet(
-    depth:int, # 6n+2: 20, 32, 44, 56, 110 and 1202 in the paper; 8 is the smallest
+    depth:int, # 6n+2: 20, 32, 44, 56, 110 and 1202 in the paper; of bottlenecks 9n+2: 164 and 1001 in He et al. 2016b
     classes:int=10, # number of classes
-    block:type|str=ResBlock, # ResBlock, or PlainBlock for the control
+    block:type|str=ResBlock, # PlainBlock for the control, or another
     **kw # as in `custom_resnet`
 ) -> ResNet:
     "The small networks for 32x32 images (He et al. 2015, section 4.2): three stages of n blocks, zero-padded shortcuts"
-    if not isinstance(depth, int) or depth < 8 or (depth-2) % 6:
-        raise InputError(f'the depth of a CIFAR ResNet is 6n+2 (8, 14, 20, ...), and {depth} is not')
+    layers = 9 if issubclass(check_block(block, {}), BottleneckBlock) else 6 # in each step of n
+    if not isinstance(depth, Integral) or depth < layers+2 or (depth-2) % layers:
+        raise InputError(f'the depth of this CIFAR ResNet is {layers}n+2 '
+                         f'({layers+2}, {2*layers+2}, {3*layers+2}, ...), and {depth} is not')
     kw = {'stem': 'cifar', 'shortcut_kind': 'A', **kw}
-    return custom_resnet([depth//6]*3, [16,32,64], classes, block=block, **kw)
+    return custom_resnet([(depth-2)//layers]*3, [16,32,64], classes, block=block, **kw)
 
 # %% ../nbs/01_resnet.ipynb #58b9344e
 ARCHS = {f.__name__: f for f in (resnet18, resnet34, resnet50, resnet101, resnet152)}
