@@ -70,7 +70,7 @@ def init_weights(model:nn.Module) -> nn.Module:
         if isinstance(m, PreActBlock) and m.zero_init: nn.init.zeros_(m.conv2.weight)
     return model
 
-# %% ../nbs/01_resnet.ipynb #11e6e126
+# %% ../nbs/01_resnet.ipynb #93f61494
 def check_block(
     block, # a class, or its name in `BLOCKS`
     kw:dict # options for it
@@ -100,7 +100,7 @@ def custom_resnet(
 ) -> ResNet: # takes (N, in_channels, H, W), returns (N, classes)
     "A residual network for images of any size; raises `InputError` for what cannot be built"
     if len(block_sizes) != len(feature_map_sizes) or len(block_sizes) == 0:
-        raise InputError('block_sizes and feature_map_sizes name the same stages, and have '
+        raise InputError('block_sizes and feature_map_sizes name the same stages, one or more, and have '
                          f'{len(block_sizes)} and {len(feature_map_sizes)} entries')
     for what,values in dict(block_sizes=block_sizes, feature_map_sizes=feature_map_sizes, classes=[classes],
                             in_channels=[in_channels]).items():
@@ -299,10 +299,11 @@ def _read_weights(path):
     except (SafetensorError, OSError) as e:
         raise InputError(f'{path} is not a readable .safetensors file ({e})') from None
 
-# %% ../nbs/01_resnet.ipynb #c6c01efb
-IMAGENET = dict(resnet18='f37072fd', resnet34='b627a593', resnet50='0676ba61', resnet101='63fe2227', resnet152='394f9c45',
-                resnext50_32x4d='7cdf4587', resnext101_32x8d='8ba56ff5', resnext101_64x4d='173b62eb',
-                wide_resnet50_2='95faca4d', wide_resnet101_2='32ee1156') # first digits of the SHA-256 of IMAGENET1K_V1
+# %% ../nbs/01_resnet.ipynb #d0301522
+IMAGENET = dict( # first digits of the SHA-256 of IMAGENET1K_V1
+    resnet18='f37072fd', resnet34='b627a593', resnet50='0676ba61', resnet101='63fe2227', resnet152='394f9c45',
+    resnext50_32x4d='7cdf4587', resnext101_32x8d='8ba56ff5', resnext101_64x4d='173b62eb',
+    wide_resnet50_2='95faca4d', wide_resnet101_2='32ee1156')
 IMAGENET_URL = 'https://download.pytorch.org/models/{}-{}.pth'
 
 def imagenet_name(

@@ -170,10 +170,28 @@ def test_batch_larger_than_the_set(refused_here, folder):
 
 def test_batch_of_one_on_one_pixel(run_here, folder, tmp_path):
     "Batch norm needs two values a channel, which shows in the first batch only: a sentence, and a run that failed"
-    done = run_here('resnet_fine_tune', folder, *SMALL, '--arch', 'resnet18', '--bs', 1, '--name', 'mine')
+    size = '--presize', 32, '--resize', 32
+    done = run_here('resnet_fine_tune', folder, *SMALL, *size, '--arch', 'resnet18', '--bs', 1, '--name', 'mine')
     assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
     assert done.stderr.startswith('resnet_fine_tune: ') and '(bs)' in done.stderr
     assert json.loads((tmp_path/'runs'/'mine'/'metrics.json').read_text())['status'] == 'failed'
+
+
+def test_images_smaller_than_the_strides(refused_here, folder):
+    refused_here('resnet_fine_tune', folder, *SMALL, '--arch', 'resnet18', says=['16x16 pixels', 'needs 32 pixels'])
+    refused_here('resnet_fine_tune', 'digits', '--arch', 'preact_resnet34', says=['16x16 pixels', 'too small'])
+
+
+def test_benchmarks(refused_here, tmp_path):
+    bench = lambda *args, says: refused_here('resnet_bench', *args, says=says)
+    bench('speed', says=["unknown benchmark 'speed'"])
+    bench('model', '--arch', 'cifar_resnet8', says=['torchvision has no cifar_resnet8'])
+    bench('model', '--arch', 'resnet35', says=["unknown arch 'resnet35'"])
+    bench('model', '--size', 16, says=['too small'])
+    bench('model', '--rounds', 0, says=['rounds'])
+    bench('strides', says=['--weights'])
+    (tmp_path/'a.pth').write_bytes(b'no weights')
+    bench('strides', '--weights', 'a.pth', '--data', tmp_path, says=[tmp_path, 'no .JPEG files'])
 
 
 def test_seed_out_of_range(refused_here, tmp_path):
