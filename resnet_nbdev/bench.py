@@ -20,9 +20,9 @@ from .data import IMAGENETTE_CLASSES, check_counts, data_path, open_image
 from .resnet import ResNet, check_arch, create_resnet, resnet50, standard_names, torchvision_state
 from .runs import describe_device, git_commit, versions, write_json
 
-# %% ../nbs/08_bench.ipynb #4e07076a
+# %% ../nbs/08_bench.ipynb #058ae037
 def differences(
-    ours:ResNet,
+    ours:ResNet, # in training or not, it is put into the mode that `train` says
     theirs:torch.nn.Module, # a network of torchvision's or timm's with the same weights
     x:torch.Tensor, # (N, in_channels, H, W)
     train:bool=False # batch norm with the statistics of the batch, as in training
