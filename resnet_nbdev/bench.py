@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['differences', 'operations', 'paired_seconds', 'ratio', 'model_seconds', 'imagenette_photos', 'logits_of',
-           'stride_accuracy', 'save_result', 'resnet_bench']
+           'top_accuracy', 'stride_logits', 'save_result', 'resnet_bench']
 
 # %% ../nbs/08_bench.ipynb #093d3fd0
 import time
@@ -107,7 +107,7 @@ def model_seconds(
     nets = dict(resnet_nbdev=create_resnet(arch, 1000), torchvision=getattr(models, arch)())
     return paired_seconds({k: one_pass(m) for k,m in nets.items()}, rounds)
 
-# %% ../nbs/08_bench.ipynb #eb463845
+# %% ../nbs/08_bench.ipynb #9c4f3e4c
 _WNIDS = dict(zip(sorted(IMAGENETTE_CLASSES), (0, 217, 482, 491, 497, 566, 569, 571, 574, 701))) # -> ImageNet's class
 
 def imagenette_photos(
@@ -138,21 +138,23 @@ def logits_of(
     device = next(model.parameters()).device
     return torch.cat([model.eval()(o.to(device)).cpu() for o in x.split(bs)])
 
-def stride_accuracy(
-    weights:str|Path, # of a ResNet-50, as in `load_weights`
-    folder:str|Path, # see `imagenette_photos`
-    n:int=20, # photos of each class
-    device='cpu'
-) -> pd.DataFrame: # by stride_on: top1, top5
-    "Accuracy among ImageNet's 1000 classes, with the strides on the convolution of the training and on the other one"
-    x,y = imagenette_photos(folder, n)
-    rows = {}
-    for o in ('1x1', '3x3'):
-        top = logits_of(resnet50(weights=weights, stride_on=o).to(device), x).topk(5).indices == y[:, None]
-        rows[o] = dict(top1=top[:, 0].double().mean().item(), top5=top.any(1).double().mean().item())
-    return pd.DataFrame(rows).T.rename_axis('stride_on')
+def top_accuracy(
+    logits:torch.Tensor, # (N, classes)
+    y:torch.Tensor # (N,) true classes
+) -> dict: # top1, top5: share of images whose class is the first, or among the first five
+    "Top-1 and top-5 accuracy"
+    right = logits.topk(5).indices == y[:, None]
+    return dict(top1=right[:, 0].double().mean().item(), top5=right.any(1).double().mean().item())
 
-# %% ../nbs/08_bench.ipynb #779fd9d1
+def stride_logits(
+    weights:str|Path, # of a ResNet-50, as in `load_weights`
+    x:torch.Tensor, # (N, 3, H, W)
+    device='cpu'
+) -> dict: # stride_on -> (N, classes)
+    "What one set of weights says with the strides on the 1x1 convolutions (version 1) and on the 3x3 (version 1.5)"
+    return {o: logits_of(resnet50(weights=weights, stride_on=o).to(device), x) for o in ('1x1', '3x3')}
+
+# %% ../nbs/08_bench.ipynb #4f8a44a6
 def save_result(
     path:Path, # of a .json file
     what:str, # one sentence
@@ -191,7 +193,8 @@ def resnet_bench(
         name,facts = f'model_speed_{arch}',{}
     elif what == 'strides':
         if not weights: raise InputError('strides needs --weights')
-        values = stride_accuracy(weights, data_path(data), device=device).T.to_dict()
+        x,y = imagenette_photos(data_path(data))
+        values = {k: top_accuracy(o, y) for k,o in stride_logits(weights, x, device).items()}
         call = f'resnet_bench strides --weights {Path(weights).name} --data {Path(data).name}'
         said = 'Accuracy of one set of ResNet-50 weights by the convolution that carries the stride'
         name,facts = 'resnet50_strides',dict(data=f'the first 20 validation photos of each class of {Path(data).name}')
