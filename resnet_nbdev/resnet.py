@@ -41,7 +41,7 @@ def stem_layers(
     if kind != 'cifar': layers.append(('maxpool', nn.MaxPool2d(3, 2, padding=1)))
     return layers
 
-# %% ../nbs/01_resnet.ipynb #4c01de2d
+# %% ../nbs/01_resnet.ipynb #32147e39
 class ResNet(nn.Module):
     "A `body` (conv1, bn1, relu, maxpool, layer1, ...) that makes feature maps, a `head` that classifies their average"
     def __init__(self,
@@ -59,7 +59,7 @@ class ResNet(nn.Module):
                              f'which needs {self.stride} pixels in each direction')
 
     def forward(self, x:Tensor) -> Tensor: # (N, in_channels, H, W) -> (N, classes), before the softmax
-        self.check_size(x.shape[-2], x.shape[-1])
+        if not torch.jit.is_tracing(): self.check_size(x.shape[-2], x.shape[-1]) # there, sizes are tensors
         return self.head(self.body(x))
 
 def init_weights(model:nn.Module) -> nn.Module:

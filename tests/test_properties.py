@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from functools import partial
 
 import pytest
@@ -200,6 +201,16 @@ def test_compile_makes_one_graph(kw, size):
 def test_export(kw, size):
     model, x = trained(kw), images(kw, size)
     with torch.no_grad(): assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize('way', ['trace', 'script'])
+def test_torchscript(way):
+    "Old, and still in use where networks are served"
+    model, x = trained(dict(block_sizes=[1, 1], feature_map_sizes=[4, 8], classes=3)), torch.randn(2, 3, 40, 24)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', category=torch.jit.TracerWarning)
+        made = torch.jit.trace(model, x) if way == 'trace' else torch.jit.script(model)
+    for o in (x, x[:1, :, :32, :17]): close(made(o), model(o))
 
 
 @pytest.mark.parametrize('options, multiples', [
