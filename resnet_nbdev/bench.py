@@ -6,13 +6,15 @@
 __all__ = ['differences', 'operations', 'paired_seconds', 'ratio', 'model_seconds', 'imagenette_photos', 'logits_of',
            'top_accuracy', 'stride_logits', 'save_result', 'resnet_bench']
 
-# %% ../nbs/08_bench.ipynb #093d3fd0
+# %% ../nbs/08_bench.ipynb #a9e5b47d
 import time
 from collections import Counter
 from datetime import date
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from PIL import Image
+from fastai.vision.all import imagenet_stats
+from sklearn.metrics import top_k_accuracy_score
 from torch.utils._python_dispatch import TorchDispatchMode
 from .blocks import InputError
 from .cli import command, pick_device
@@ -20,7 +22,7 @@ from .data import IMAGENETTE_CLASSES, check_counts, data_path, open_image
 from .resnet import ResNet, check_arch, create_resnet, resnet50, standard_names, torchvision_state
 from .runs import describe_device, git_commit, versions, write_json
 
-# %% ../nbs/08_bench.ipynb #058ae037
+# %% ../nbs/08_bench.ipynb #2f242cfb
 def differences(
     ours:ResNet, # in training or not, it is put into the mode that `train` says
     theirs:torch.nn.Module, # a network of torchvision's or timm's with the same weights
@@ -36,7 +38,7 @@ def differences(
         seen.append((logits.detach(), {k: p.grad for k,p in m.named_parameters()}, dict(m.named_buffers())))
     (la,*a),(lb,*b) = seen
     a,b = ([standard_names(o, ours) for o in s] for s in (a, b))
-    largest = lambda p, q: max((p[k] - q[k]).abs().max().item() for k in p.keys() | q.keys())
+    largest = lambda p, q: torch.stack([(p[k] - q[k]).abs().max().double() for k in p.keys() | q.keys()]).max().item()
     return dict(logits=(la - lb).abs().max().item(), gradients=largest(a[0], b[0]), statistics=largest(a[1], b[1]))
 
 # %% ../nbs/08_bench.ipynb #d2c5e6e0
@@ -107,7 +109,7 @@ def model_seconds(
     nets = dict(resnet_nbdev=create_resnet(arch, 1000), torchvision=getattr(models, arch)())
     return paired_seconds({k: one_pass(m) for k,m in nets.items()}, rounds)
 
-# %% ../nbs/08_bench.ipynb #9c4f3e4c
+# %% ../nbs/08_bench.ipynb #a68629de
 _WNIDS = dict(zip(sorted(IMAGENETTE_CLASSES), (0, 217, 482, 491, 497, 566, 569, 571, 574, 701))) # -> ImageNet's class
 
 def imagenette_photos(
@@ -117,13 +119,13 @@ def imagenette_photos(
 ) -> tuple: # (N, 3, size, size) normalised with ImageNet's statistics; (N,) class among ImageNet's 1000
     "Validation photos of Imagenette for networks trained on ImageNet"
     check_counts(n=n, size=size)
-    mean,std = (torch.tensor(o)[:, None, None] for o in ([.485, .456, .406], [.229, .224, .225]))
+    mean,std = (torch.tensor(o)[:, None, None] for o in imagenet_stats)
     xs,ys = [],[]
     for wnid,label in _WNIDS.items():
         files = sorted((Path(folder)/'val'/wnid).glob('*.JPEG'))[:n]
         if not files: raise InputError(f'{folder}/val/{wnid} has no .JPEG files')
         for f in files:
-            x = np.array(open_image(f).convert('RGB').resize((size, size)))
+            x = np.array(open_image(f).resize((size, size)))
             xs.append((torch.from_numpy(x).permute(2, 0, 1) / 255 - mean) / std)
             ys.append(label)
     return torch.stack(xs), torch.tensor(ys)
@@ -143,8 +145,8 @@ def top_accuracy(
     y:torch.Tensor # (N,) true classes
 ) -> dict: # top1, top5: share of images whose class is the first, or among the first five
     "Top-1 and top-5 accuracy"
-    right = logits.topk(5).indices == y[:, None]
-    return dict(top1=right[:, 0].double().mean().item(), top5=right.any(1).double().mean().item())
+    score = partial(top_k_accuracy_score, y, logits, labels=range(logits.shape[1]))
+    return dict(top1=float(score(k=1)), top5=float(score(k=5)))
 
 def stride_logits(
     weights:str|Path, # of a ResNet-50, as in `load_weights`
@@ -154,7 +156,7 @@ def stride_logits(
     "What one set of weights says with the strides on the 1x1 convolutions (version 1) and on the 3x3 (version 1.5)"
     return {o: logits_of(resnet50(weights=weights, stride_on=o).to(device), x) for o in ('1x1', '3x3')}
 
-# %% ../nbs/08_bench.ipynb #4f8a44a6
+# %% ../nbs/08_bench.ipynb #7ddd9788
 def save_result(
     path:Path, # of a .json file
     what:str, # one sentence
@@ -199,6 +201,7 @@ def resnet_bench(
         said = 'Accuracy of one set of ResNet-50 weights by the convolution that carries the stride'
         name,facts = 'resnet50_strides',dict(data=f'the first 20 validation photos of each class of {Path(data).name}')
     else: raise InputError(f"unknown benchmark {what!r}: it is 'model' or 'strides'")
+    if device.type != 'cpu': call += f' --device {device}'
     print(said)
     print(pd.json_normalize(values).iloc[0].round(4).to_string())
     if note: facts['note'] = note

@@ -120,7 +120,12 @@ def custom_resnet(
     stride = (1 if stem == 'cifar' else 4) * 2**(len(block_sizes)-1)
     return init_weights(ResNet(nn.Sequential(OrderedDict(layers)), nn.Sequential(head), stride))
 
-# %% ../nbs/01_resnet.ipynb #66b60f5f
+# %% ../nbs/01_resnet.ipynb #285d2d0c
+def _height_width(size):
+    size = (size, size) if isinstance(size, Integral) else tuple(size)
+    if len(size) != 2 or min(size) < 1: raise InputError(f'size is a height and a width in pixels, and not {size}')
+    return size
+
 @torch.no_grad()
 def layer_table(
     model:nn.Module, # a `ResNet`
@@ -128,8 +133,6 @@ def layer_table(
 ): # DataFrame: part, output shape (C, H, W) of one image, parameters, multiply_adds
     "What each part of a network puts out and costs; computed from shapes alone, without running it"
     import copy, pandas as pd
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    if len(size) != 2 or min(size) < 1: raise InputError(f'size is a height and a width in pixels, and not {size}')
     meta,rows,adds = copy.deepcopy(model).to('meta').eval(),[],[0]
     def count(m, _, out): # every output value of a layer sums as many products as it has weights per output channel
         adds[0] += out[0].numel() * m.weight[0].numel()
@@ -140,10 +143,10 @@ def layer_table(
     for m in layers: m.register_forward_hook(count)
     for name,m in [*meta.body.named_children(), *meta.head.named_children()]:
         if name != 'flatten': m.register_forward_hook(partial(record, name))
-    meta(torch.empty(1, layers[0].in_channels, *size, device='meta'))
+    meta(torch.empty(1, layers[0].in_channels, *_height_width(size), device='meta'))
     return pd.DataFrame(rows, columns=['part', 'output', 'parameters', 'multiply_adds']).set_index('part')
 
-# %% ../nbs/01_resnet.ipynb #777dde90
+# %% ../nbs/01_resnet.ipynb #a06f55cd
 def _conv_text(m):
     groups,stride = f', {m.groups} groups' if m.groups > 1 else '',f', /{m.stride[0]}' if m.stride[0] > 1 else ''
     return f'{m.kernel_size[0]}x{m.kernel_size[1]}, {m.out_channels}' + groups + stride
@@ -163,7 +166,8 @@ def _drawn_rows(model, most): # for each row its name, the parts it covers, and 
     parts = [*body, 'avgpool', 'fc']
     stages = [o for o in body if o.startswith('layer')]
     stem = [(_conv_text(m), None) for m in _convs(body['conv1'])]
-    if 'maxpool' in body: stem.append(('max-pool 3x3, /2', None))
+    if (pool := body.get('maxpool')):
+        stem.append((f'max-pool {pool.kernel_size}x{pool.kernel_size}, /{pool.stride}', None))
     yield 'stem', parts[:parts.index(stages[0])], stem
     for name in stages:
         boxes = [('\n'.join(map(_conv_text, _convs(b))), _skip_text(b)) for b in body[name]]
@@ -182,7 +186,7 @@ def plot_network(
     import matplotlib.pyplot as plt
     if most < 3: raise InputError(f'most must be at least 3, and is {most}')
     table,rows = layer_table(model, size),list(_drawn_rows(model, most))
-    size = ' x '.join(map(str, [size]*2 if isinstance(size, int) else size))
+    size = ' x '.join(map(str, _height_width(size)))
     w,h,gap,left,step = 2.15,1.,.75,2.5,1.75 # of a box, between boxes, beside the names, from row to row
     end = left + max(len(boxes) for *_,boxes in rows)*(w + gap)
     fig,ax = plt.subplots(figsize=(.72*(end + 2), .72*step*len(rows)), layout='constrained')
@@ -335,7 +339,7 @@ def imagenet_file(
         raise InputError(f'{url} could not be fetched ({e})') from None
     return path
 
-# %% ../nbs/01_resnet.ipynb #a12f550c
+# %% ../nbs/01_resnet.ipynb #aa5d6c58
 _TIMM_V2 = {r'^stem\.conv\.': 'conv1.', r'^stem\.conv1\.': 'conv1.0.', r'^stem\.norm1\.': 'conv1.1.',
             r'^stem\.conv2\.': 'conv1.3.', r'^stem\.norm2\.': 'conv1.4.', r'^stem\.conv3\.': 'conv1.6.',
             r'^stages\.(\d+)\.blocks\.': lambda m: f'layer{int(m[1])+1}.',
@@ -359,6 +363,7 @@ def standard_names(
         k = re.sub(r'^((module|_orig_mod)\.)*(body\.|head\.)?', '', k)
         for pattern,to in _TIMM_V2.items(): k = re.sub(pattern, to, k)
         k = k.replace('.downsample.conv.', f'.downsample.{behind_pool}.')
+        if k in out: raise InputError(f'{k} stands in the weights twice, with and without a prefix')
         out[k] = v.flatten(1) if k == 'fc.weight' and v.ndim == 4 else v # timm's may be a 1x1 convolution
     return out
 

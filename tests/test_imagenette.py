@@ -78,4 +78,4 @@ def test_well_above_chance(tmp_path):
     assert done.returncode == 0 and not done.stderr, done
     assert '1,500 training and 1,500 validation images of 10 classes' in done.stdout
     last = json.loads((tmp_path/'runs'/'mine'/'metrics.json').read_text())['last']
-    assert last['accuracy'] > 0.3
+    assert last['accuracy'] > 0.35

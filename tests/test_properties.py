@@ -16,7 +16,6 @@ from resnet_nbdev.resnet import (ARCHS, STEMS, cifar_resnet, create_resnet, cust
                                  plot_network, resnet18, torchvision_state)
 
 os.environ['HYPOTHESIS_STORAGE_DIRECTORY'] = HOME  # else it makes a folder where pytest was started
-pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 SKIPPING = [o for o in BLOCKS if BLOCKS[o].skip]
@@ -279,7 +278,6 @@ def test_without_its_branch_a_block_is_its_shortcut(kw, size):
 @pytest.mark.parametrize('arch', ARCHS)
 def test_drawing(arch):
     "Every stage is named, and every text can be read: none on another, none beyond the edge"
-    pytest.importorskip('matplotlib')
     from matplotlib import pyplot as plt
     from matplotlib.text import Text
     with torch.device('meta'): model = create_resnet(arch, 10)

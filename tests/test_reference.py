@@ -1,12 +1,13 @@
 "Our networks compute what torchvision's and timm's compute: logits, gradients, running statistics, predictions."
 import pytest
+import timm
 import torch
+from torchvision import models
 
 from conftest import extract_photos, randomised, shared_file
 from resnet_nbdev.bench import differences, imagenette_photos, logits_of, operations, stride_logits, top_accuracy
 from resnet_nbdev.resnet import ARCHS, create_resnet, load_weights, resnet50, torchvision_state
 
-models = pytest.importorskip('torchvision.models')
 PARAMETERS = dict(resnet18=11_689_512, resnet34=21_797_672, resnet50=25_557_032, resnet101=44_549_160,
                   resnet152=60_192_808)
 LARGEST = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -19,7 +20,11 @@ def assert_same(ours, theirs, dtype, size, record):
     for train in (False, True):
         found = differences(ours.to(dtype), theirs.to(dtype), x, train)
         record(f'{size} px, {dtype}, train={train}', found)
-        assert max(found.values()) < LARGEST[dtype], found
+        assert all(v < LARGEST[dtype] for v in found.values()), found  # not max, which can pass over NaN
+
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)
 
 
 @pytest.mark.parametrize('name', PARAMETERS)
@@ -47,7 +52,6 @@ def test_torchvision_relatives(name, record_property):
 @pytest.mark.parametrize('dtype', LARGEST, ids=str)
 @pytest.mark.parametrize('name', ['resnet18d', 'resnet34d', 'resnet50d', 'resnet101d', 'resnet152d'])
 def test_timm_resnet_d(name, dtype, record_property):
-    timm = pytest.importorskip('timm')
     ours, theirs = randomised(create_resnet(name, 1000)), timm.create_model(name)
     theirs.load_state_dict(torchvision_state(ours), strict=True)
     for size in (224, 160): assert_same(ours, theirs, dtype, size, record_property)
@@ -55,7 +59,6 @@ def test_timm_resnet_d(name, dtype, record_property):
 
 @pytest.mark.parametrize('size', [97, 33])
 def test_timm_resnet_d_odd_sizes(size, record_property):
-    timm = pytest.importorskip('timm')
     ours, theirs = randomised(create_resnet('resnet18d', 1000)), timm.create_model('resnet18d')
     theirs.load_state_dict(torchvision_state(ours), strict=True)
     assert_same(ours, theirs, torch.float64, size, record_property)
@@ -64,7 +67,6 @@ def test_timm_resnet_d_odd_sizes(size, record_property):
 @pytest.mark.parametrize('dtype', LARGEST, ids=str)
 @pytest.mark.parametrize('name, kw', [('18', {}), ('34', {}), ('18d', dict(stem='deep', shortcut_kind='D'))])
 def test_timm_preactivation(name, kw, dtype, record_property):
-    timm = pytest.importorskip('timm')
     theirs = randomised(timm.create_model(f'resnetv2_{name}'))
     ours = load_weights(create_resnet(f'preact_resnet{name[:2]}', 1000, **kw), theirs.state_dict(), strict=True)
     for size in (224, 160): assert_same(ours, theirs, dtype, size, record_property)
@@ -76,9 +78,19 @@ def test_the_comparison_sees(kw):
     name = 'resnet50' if 'stride_on' in kw else 'resnet18'
     ours, theirs = randomised(create_resnet(name, 1000, **kw)), getattr(models, name)()
     theirs.load_state_dict(torchvision_state(ours), strict=False)
-    torch.manual_seed(0)
-    with torch.no_grad(): a, b = (m.eval()(torch.randn(2, 3, 96, 96)) for m in (ours, theirs))
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad(): a, b = (m.eval()(x) for m in (ours, theirs))
     assert (a - b).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize('name', PARAMETERS)
+def test_there_and_back(name):
+    "Through torchvision's network, bit for bit"
+    ours, theirs = randomised(create_resnet(name, 1000)), getattr(models, name)()
+    theirs.load_state_dict(torchvision_state(ours), strict=True)
+    back = load_weights(create_resnet(name, 1000), theirs.state_dict(), strict=True).state_dict()
+    assert list(back) == list(ours.state_dict())
+    for k, v in ours.state_dict().items(): assert back[k].dtype == v.dtype and torch.equal(back[k], v), k
 
 
 @pytest.mark.parametrize('name', PARAMETERS)

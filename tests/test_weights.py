@@ -12,8 +12,11 @@ from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
+from timm.models._manipulate import adapt_input_conv
+from torchvision import models
 
 from conftest import randomised
 from resnet_nbdev import resnet
@@ -133,8 +136,7 @@ def test_the_source_is_not_changed():
 
 
 def torchvision_networks():
-    models = pytest.importorskip('torchvision.models')
-    make, part = models.resnet.ResNet, functools.partial
+    make = models.resnet.ResNet
     yield models.resnet18(), resnet18()
     yield models.resnext50_32x4d(), create_resnet('resnext50_32x4d', 1000)
     channels = [64, 128, 256, 512]
@@ -159,7 +161,7 @@ TIMM = {'resnet18d': dict(stem='deep', shortcut_kind='D'), 'resnetv2_18': dict(b
 
 @pytest.mark.parametrize('name', TIMM)
 def test_timm(name, tmp_path):
-    theirs = randomised(pytest.importorskip('timm').create_model(name, pretrained=False, num_classes=7))
+    theirs = randomised(timm.create_model(name, pretrained=False, num_classes=7))
     state = theirs.state_dict()
     ours = load_weights(resnet18(7, **TIMM[name]), write(tmp_path/'a.safetensors', state), strict=True)
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
@@ -203,9 +205,8 @@ def test_another_number_of_input_channels(kw, tmp_path, capsys):
 
 @pytest.mark.parametrize('channels', [1, 2, 3, 4, 5, 6])
 def test_input_channels_as_in_timm(channels):
-    timm = pytest.importorskip('timm.models._manipulate')
     weight = torch.randn(8, 3, 7, 7)
-    assert torch.equal(adapt_conv1(weight, channels), timm.adapt_input_conv(channels, weight))
+    assert torch.equal(adapt_conv1(weight, channels), adapt_input_conv(channels, weight))
 
 
 @pytest.mark.parametrize('channels', [1, 3, 6])
@@ -402,6 +403,11 @@ def test_a_mismatch_names_a_few_of_each_kind():
     assert len(said) < 600
 
 
+def test_refuses_two_tensors_for_one_place():
+    for prefix in ('module.', 'body.'):
+        refused(net(1), copied(net()) | {f'{prefix}conv1.weight': torch.zeros(4, 3, 7, 7)}, 'conv1.weight', 'twice')
+
+
 def test_a_mismatch_is_one_line_for_any_name():
     refused(net(), copied(net()) | {'two\nlines': torch.zeros(1)}, '1 unexpected')
 
@@ -543,7 +549,6 @@ def test_networks_without_published_weights(make, web, page, cache):
 
 @pytest.mark.parametrize('name', IMAGENET)
 def test_published_weights_are_those_of_torchvision(name):
-    models = pytest.importorskip('torchvision.models')
     assert IMAGENET_URL.format(name, IMAGENET[name]) == models.get_model_weights(name).IMAGENET1K_V1.url
 
 
