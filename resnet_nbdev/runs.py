@@ -81,11 +81,12 @@ def write_json(path:Path, content:dict):
         return o if isinstance(o, (int, str, type(None))) else str(o)
     write_file(path, (json.dumps(plain(content), indent=2) + '\n').encode())
 
-# %% ../nbs/05_runs.ipynb #870a0b36
+# %% ../nbs/05_runs.ipynb #3b3434d9
 def versions() -> dict: # {package: version}
     "The versions on which a result depends"
     found = {'python': platform.python_version()}
-    for o in ('resnet_nbdev', 'torch', 'torchvision', 'fastai', 'fastcore', 'numpy', 'pillow', 'safetensors'):
+    for o in ('resnet_nbdev', 'torch', 'torchvision', 'fastai', 'fastcore', 'numpy', 'pillow', 'safetensors',
+              'opencv-python-headless', 'timm'):
         try: found[o] = metadata.version(o)
         except metadata.PackageNotFoundError: pass
     return found
@@ -255,7 +256,7 @@ def fine_tune(
     save_figure(plot_predictions(learn), learn.run_path/'predictions.png')
     return learn
 
-# %% ../nbs/05_runs.ipynb #19c03765
+# %% ../nbs/05_runs.ipynb #f160d3db
 def load_run(
     run:str|Path, # folder of a run, or its name
     weights:str='best', # 'best' or 'last'
@@ -295,7 +296,8 @@ def predict(
     model,config = load_run(run, weights, runs)
     found,data = find_images(images, strict),config['data']
     device = torch.device(default_device() if device is None else device)
-    dl = image_loader(list(found.values()), data['presize'], data['resize'], data['augment'], bs=bs, device=device)
+    dl = image_loader(list(found.values()), data['presize'], data['resize'], data['augment'], bs=bs, device=device,
+                      fit=data.get('fit', 'crop'), stats=data.get('stats', 'imagenet'))
     model.to(device)
     probs = torch.cat([model(xb).softmax(1).cpu() for xb, in dl])
     top,ids = probs.topk(min(k, probs.shape[1]))

@@ -55,7 +55,7 @@ def test_folder_without_train(refused_here, tmp_path):
 
 def test_data_that_is_a_file_or_absent(folder, tmp_path):
     (tmp_path/'set.zip').write_bytes(b'x')
-    refuses([f'there is no folder {tmp_path}/set.zip', '(it is a file)'], get_data, tmp_path/'set.zip')
+    refuses([f'{tmp_path}/set.zip', 'is no whole tar or zip archive'], get_data, tmp_path/'set.zip')
     refuses(['absent', 'no such folder'], get_data, 'imagenette', path=tmp_path/'absent')
 
 
@@ -129,8 +129,8 @@ def test_negative_resize(refused_here):
 @pytest.mark.parametrize('name, value', [
     ('epochs', 0), ('freeze_epochs', -1), ('base_lr', math.nan), ('max_per_class', 0), ('workers', -1), ('bs', 0)])
 def test_numbers_are_looked_at_before_a_download(name, value, monkeypatch, tmp_path):
-    def download(url): raise AssertionError('a download of 1.6 GB began')
-    monkeypatch.setattr('resnet_nbdev.data.untar_data', download)
+    def fetch(files, dest): raise AssertionError('a download of 1.6 GB began')
+    monkeypatch.setattr('resnet_nbdev.data.fetch', fetch)
     refuses(f'{name} must', resnet_fine_tune, 'imagenette', runs=str(tmp_path/'runs'), **{name: value})
 
 
@@ -270,11 +270,11 @@ def test_no_network(refused, tmp_path):
     "The address, and how to give a local copy; no part of an archive is left"
     dead = 'http://127.0.0.1:9'
     refused('resnet_fine_tune', 'imagenette',
-            says=[CATALOGUE['imagenette']['url'], 'could not be fetched', '--data', 'RESNET_DATA'],
+            says=[CATALOGUE['imagenette']['files'][0]['urls'][0], 'could not be fetched', '--data', 'RESNET_DATA'],
             FASTAI_HOME=str(tmp_path/'home'), no_proxy=None, NO_PROXY=None,
             http_proxy=dead, https_proxy=dead, HTTPS_PROXY=dead)
     left = {o.name for o in (tmp_path/'home').rglob('*') if o.is_file()}
-    assert left <= {'config.ini', 'imagenette2.tgz.lock'}
+    assert left <= {'config.ini', '.imagenette2.lock', '.imagenette2.tgz.lock'}
 
 
 def archive(folder):
