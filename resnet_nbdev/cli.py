@@ -72,7 +72,7 @@ def pick_device(name:str=None):
     except (RuntimeError, AssertionError, ImportError) as e:
         raise InputError(f'the device {name!r} is not there ({str(e).splitlines()[0]})') from None
 
-# %% ../nbs/07_cli.ipynb #10fb5ae2
+# %% ../nbs/07_cli.ipynb #05ea3294
 @command
 def resnet_fine_tune(
     source:str=None, # a dataset that resnet_data list names, the address of an archive, a folder or an archive
@@ -115,7 +115,7 @@ def resnet_fine_tune(
     run_path(name, runs) # all of this before a long download, not after it
     check_schedule(freeze_epochs, epochs, base_lr)
     check_counts(presize=presize, resize=resize, bs=bs, max_per_class=max_per_class)
-    check_counts(1 if resident else 0, workers=workers)
+    check_counts(0, workers=workers)
     device = pick_device(device)
     set_seed(seed)
     kw = dict(presize=presize, bs=conf['bs'] if bs is None else bs, path=data, max_per_class=max_per_class,

@@ -7,8 +7,8 @@ __all__ = ['CACHE_VERSION', 'free_memory', 'resident_bytes', 'middle', 'pixel_ma
            'tables', 'shrink_to', 'warp_cv2', 'warp_torch', 'normalised', 'Floated', 'Normalized', 'Resident',
            'ResidentDL', 'resident_data', 'room_for']
 
-# %% ../nbs/03_resident.ipynb #6e4688c1
-import json, math, os, shutil
+# %% ../nbs/03_resident.ipynb #356e29f1
+import json, math, os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,11 +17,10 @@ import cv2, numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from fastai.vision.all import (DataLoaders, IntToFloatTensor, Normalize, TensorCategory, TensorImage, TfmdDL, chunked,
     default_device, delegates, explode_types, fastai_path, progress_bar, rank_distrib, to_device)
-from filelock import FileLock
 from PIL import Image
-from .archives import disk_room, human
+from .archives import disk_room, human, making
 from .blocks import InputError
-from .data import FITS, check_counts, fix_augment, fix_stats, image_tfms, open_data, open_image
+from .data import FITS, PLAIN, check_counts, fix_augment, fix_stats, image_tfms, open_data, open_image
 
 # %% ../nbs/03_resident.ipynb #06a88bd8
 def free_memory() -> int|None: # bytes; None where the system does not tell
@@ -41,11 +40,8 @@ def resident_bytes(
     check_counts(presize=presize, size=size, bs=bs)
     return dict(map=3*(train*presize**2 + other*size**2), batch=3*4*bs*size**2)
 
-# %% ../nbs/03_resident.ipynb #b04dab33
+# %% ../nbs/03_resident.ipynb #6400c2b9
 CACHE_VERSION = 1 # of what the files below hold
-
-def _decode(item, fit): # uint8 (presize, presize, 3): the square that validation sees
-    return np.asarray(fit(open_image(item), split_idx=1))
 
 def middle(
     squares:np.ndarray, # uint8 (N, presize, presize, 3)
@@ -57,7 +53,7 @@ def middle(
         if not isinstance(t, Normalize): x = t(x, split_idx=1)
     return x.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
 
-# %% ../nbs/03_resident.ipynb #5ee604f3
+# %% ../nbs/03_resident.ipynb #7b92f883
 def _stat(path): return [(o := path.stat()).st_size, o.st_mtime_ns]
 
 def pixel_map(
@@ -69,14 +65,13 @@ def pixel_map(
 ) -> np.ndarray: # (N, side, side, 3), mapped from a file
     "The pixels of all images, made once and then mapped from the disk; processes share one file"
     folder = Path(folder or fastai_path('data')/'resident')
-    folder.mkdir(parents=True, exist_ok=True)
     key = dict(key, side=side, n=len(items), version=CACHE_VERSION, pillow=Image.__version__)
     path = folder/f'{key["fingerprint"][:12]}-{key["part"]}-{key["fit"]}-{key["presize"]}-{side}.npy'
     told = path.with_suffix('.json') # written last, so it stands only beside whole files
     def whole():
         try: return json.loads(told.read_text()) == dict(key, stat=_stat(path))
         except (OSError, ValueError): return False
-    with FileLock(path.with_suffix('.lock')):
+    with making(path):
         if not whole():
             for o in (told, path): o.unlink(missing_ok=True)
             need,room = len(items)*side*side*3,disk_room(folder)
@@ -98,10 +93,9 @@ def _write_map(items, make, side, path):
             out[i:i+256] = make(items[i:i+256])
         out.flush()
         os.replace(part, path)
-    except OSError as e: raise InputError(f'{path} could not be written ({e.strerror or e})') from None
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/03_resident.ipynb #7e7c3fcc
+# %% ../nbs/03_resident.ipynb #68430866
 def draw_augment(
     n:int, # images
     augment:dict, # all settings, from `fix_augment`
@@ -119,7 +113,7 @@ def draw_augment(
         dihedral = h + 2*v + (h & v)
     elif a['do_flip']: dihedral = sometimes(0.5, rng.integers(0, 8, rows) if a['flip_vert'] else 1, 0)
     else: dihedral = np.zeros(rows, int)
-    spread = lambda most: np.exp(u(math.log(1-most), -math.log(1-most)))
+    spread = lambda most: np.exp(u(-1, 1)*math.log(1-most))
     area = (size/presize)**2 if a['crop'] else u(a['min_scale'], 1)
     crop = np.broadcast_to(np.rint(np.sqrt(area)*presize), rows)
     d = dict(dihedral=dihedral, warp_x=sometimes(a['p_affine'], u(-warp, warp), 0),
@@ -128,14 +122,15 @@ def draw_augment(
              zoom=sometimes(a['p_affine'], u(a['min_zoom'], a['max_zoom']), 1), zoom_x=u(0, 1), zoom_y=u(0, 1),
              crop=crop, left=np.floor(u(0, 1)*(presize - crop + 1)), # pixels
              top=np.floor(u(0, 1)*(presize - crop + 1)),
+             place_x=u(0, 1), place_y=u(0, 1), # of the square in a photo that is none
              brightness=sometimes(a['p_lighting'], u(0.5*(1-lighting), 0.5*(1+lighting)), 0.5),
              contrast=sometimes(a['p_lighting'], spread(lighting), 1))
     if a['max_contrast']: d['contrast'] = d['contrast']*sometimes(a['p_lighting'], spread(a['max_contrast']), 1)
     return pd.DataFrame({k: np.broadcast_to(v, n) for k,v in d.items()})
 
-# %% ../nbs/03_resident.ipynb #fbd2b549
-_DIHEDRAL = np.array([[1, 0, 0, 1], [-1, 0, 0, 1], [1, 0, 0, -1], [0, 1, 1, 0], [-1, 0, 0, -1], [0, 1, -1, 0],
-                      [0, -1, 1, 0], [0, -1, -1, 0]]) # fastai's numbers of the symmetries of a square
+# %% ../nbs/03_resident.ipynb #1e5918a8
+_DIHEDRAL = np.array([[1, 0, 0, 1], [-1, 0, 0, 1], [1, 0, 0, -1], [0, -1, 1, 0], [-1, 0, 0, -1], [0, 1, -1, 0],
+                      [0, 1, 1, 0], [0, -1, -1, 0]]) # fastai's numbers of the symmetries of a square
 
 def _matrices(*entries): # nine numbers or arrays of n -> (n, 3, 3)
     return np.stack(np.broadcast_arrays(*[np.asarray(o, float) for o in entries]), -1).reshape(-1, 3, 3)
@@ -154,14 +149,17 @@ def _warp(x, y): # (n, 3, 3): moves the corners of the square as fastai's Warp d
 def homographies(
     drawn:pd.DataFrame, # from `draw_augment`
     presize:int, # side of the squares that `drawn` speaks of, in pixels
-    size:int # side of the images in a batch, in pixels
+    size:int, # side of the images in a batch, in pixels
+    shape=1. # width over height of the photos that were squished to squares, one or N
 ) -> np.ndarray: # (N, 3, 3), from [-1, 1] of the new image to [-1, 1] of the square, homogeneous x, y, 1
-    "Flip, warp, rotation, zoom and crop as one projective map for each image"
+    "Crop, zoom, rotation, flip, warp and the place of the square in its photo as one projective map for each image"
     d = {k: drawn[k].to_numpy() for k in drawn}
     turn,s,c = np.radians(d['rotate']),1/d['zoom'],(d['crop'] - 1)/max(presize - 1, 1)
     at = lambda k: 2*d[k]/max(presize - 1, 1) - 1 + c
     a,b,e,f = _DIHEDRAL[d['dihedral'].astype(int)].T
-    return (_warp(d['warp_x'], d['warp_y']) @ _matrices(a, b, 0, e, f, 0, 0, 0, 1)
+    wide,high = np.minimum(1/shape, 1),np.minimum(shape, 1) # of the photo that the square covers
+    return (_matrices(wide, 0, (1-wide)*(2*d['place_x']-1), 0, high, (1-high)*(2*d['place_y']-1), 0, 0, 1)
+            @ _warp(d['warp_x'], d['warp_y']) @ _matrices(a, b, 0, e, f, 0, 0, 0, 1)
             @ _matrices(np.cos(turn), np.sin(turn), 0, -np.sin(turn), np.cos(turn), 0, 0, 0, 1)
             @ _matrices(s, 0, (1-s)*(2*d['zoom_x']-1), 0, s, (1-s)*(2*d['zoom_y']-1), 0, 0, 1)
             @ _matrices(c, 0, at('left'), 0, c, at('top'), 0, 0, 1))
@@ -187,7 +185,7 @@ def tables(
     mean,std = (np.asarray(o)[None, :, None] for o in (stats or ([0]*3, [1]*3)))
     return ((v[:, None] - mean)/std).astype(np.float32)
 
-# %% ../nbs/03_resident.ipynb #22f41d19
+# %% ../nbs/03_resident.ipynb #4c053d45
 _MODES = {'bilinear': cv2.INTER_LINEAR, 'nearest': cv2.INTER_NEAREST, 'bicubic': cv2.INTER_CUBIC}
 _EDGES = {'reflection': cv2.BORDER_REFLECT_101, 'border': cv2.BORDER_REPLICATE, 'zeros': cv2.BORDER_CONSTANT}
 
@@ -212,7 +210,7 @@ def warp_cv2(
     pixels = np.array([[half, 0, half], [0, half, half], [0, 0, 1]]) @ matrix @ np.array(
         [[2/max(size-1, 1), 0, -1], [0, 2/max(size-1, 1), -1], [0, 0, 1]])
     im = cv2.warpPerspective(square, pixels, (size, size), flags=_MODES[mode] | cv2.WARP_INVERSE_MAP,
-                             borderMode=_EDGES[pad_mode])
+                             borderMode=_EDGES[pad_mode] if side > 1 else cv2.BORDER_REPLICATE) # or it never ends
     for c,plane in enumerate(cv2.split(im)): cv2.LUT(plane, table[c], dst=out[c])
 
 def warp_torch(
@@ -247,7 +245,7 @@ def normalised(
     mean,std = (torch.tensor(o, device=images.device)[None, :, None, None] for o in (stats or ([0.]*3, [1.]*3)))
     return (images.permute(0, 3, 1, 2).float().div_(255) - mean)/std
 
-# %% ../nbs/03_resident.ipynb #043d1d9a
+# %% ../nbs/03_resident.ipynb #4d6efe3b
 class Floated(IntToFloatTensor):
     "Batches come as floats already; this only knows the way back, for `show_batch` and `decode`"
     def encodes(self, x:TensorImage): return x
@@ -255,6 +253,8 @@ class Floated(IntToFloatTensor):
 class Normalized(Normalize):
     "The same for normalisation"
     def encodes(self, x:TensorImage): return x
+
+def _bytes(pixels): return pixels.cpu().numpy() if isinstance(pixels, torch.Tensor) else np.asarray(pixels)
 
 class Resident:
     "The pixels of a dataset, and how batches are made of them"
@@ -267,23 +267,30 @@ class Resident:
     ):
         self.presize,self.size,self.stats = presize,size,stats
         self.augment = fix_augment(augment)
-        self.fit,self.tfms = FITS[fit](presize),image_tfms(presize, size, augment, fit, 'none')[1]
-        self.squares,self.middles,self.row = None,None,{}
+        self.fit = FITS[fit](presize)
+        self.whole = FITS['squish'](presize) if fit == 'crop' else self.fit # keeps what a crop would cut off
+        still = {**augment, **PLAIN, 'min_zoom': 1, 'hflip': None, 'vflip': None, 'max_contrast': 0}
+        self.tfms = image_tfms(presize, size, still, fit, 'none')[1] # what validation sees; it draws nothing
+        self.squares,self.middles,self.row,self.shapes = None,None,{},np.ones(0)
 
     def __getstate__(self): # an exported learner takes no pixels along
         state = dict(self.__dict__)
-        return {**state, 'squares': None, 'middles': None, 'row': {}}
+        return {**state, 'squares': None, 'middles': None, 'row': {}, 'shapes': np.ones(0)}
 
-    def make_squares(self, items, pool=None): # uint8 (N, presize, presize, 3)
+    def make_squares(self, items, fit, pool=None): # uint8 (N, presize, presize, 3)
         run = pool.map if pool else map
-        return np.stack(list(run(lambda o: _decode(o, self.fit), items)))
+        return np.stack(list(run(lambda o: np.asarray(fit(open_image(o), split_idx=1)), items)))
 
-    def make_middles(self, items, pool=None): return middle(self.make_squares(items, pool), self.tfms)
+    def make_middles(self, items, pool=None): return middle(self.make_squares(items, self.fit, pool), self.tfms)
 
-    def keep(self, train, other, key, pool):
+    def keep(self, train, shapes, other, key, pool):
         "Decode the training images to squares and the others to their middles, or map what was decoded before"
-        self.squares = pixel_map(train, dict(key, part='train'), lambda o: self.make_squares(o, pool), self.presize)
-        self.middles = pixel_map(other, dict(key, part='other'), lambda o: self.make_middles(o, pool), self.size)
+        make = lambda o: self.make_squares(o, self.whole, pool)
+        self.squares = pixel_map(train, dict(key, part='train'), make, self.presize)
+        if self.whole is not self.fit: self.shapes = shapes
+        still = {k: self.augment[k] for k in ('crop', 'mode', 'min_scale')}
+        make_middles = lambda o: self.make_middles(o, pool)
+        self.middles = pixel_map(other, dict(key, part='other', **still), make_middles, self.size)
         self.row = {o: i for i,o in enumerate(train)} | {o: ~i for i,o in enumerate(other)} # ~i: in the second array
 
     def move(self, hold, device): # 'map', 'memory' or 'device'
@@ -295,13 +302,15 @@ class Resident:
         try: return self.row.get(item, math.nan)
         except TypeError: return math.nan # an array or a PIL image
 
+    def shape(self, row): return self.shapes[row] if 0 <= row < len(self.shapes) else 1.
+
     def square(self, item, row): # uint8 (presize, presize, 3)
-        return np.asarray(self.squares[row]) if row >= 0 else self.make_squares([item])[0]
+        return _bytes(self.squares[row]) if row >= 0 else self.make_squares([item], self.fit)[0]
 
     def middle(self, item, row): # uint8 (size, size, 3)
-        return np.asarray(self.middles[~row]) if row < 0 else self.make_middles([item])[0]
+        return _bytes(self.middles[~row]) if row < 0 else self.make_middles([item])[0]
 
-# %% ../nbs/03_resident.ipynb #0b0e6c45
+# %% ../nbs/03_resident.ipynb #f6477a1f
 class ResidentDL(TfmdDL):
     "A `TfmdDL` that makes its batches from a `Resident`; images that it does not keep are decoded when asked for"
     def __init__(self, dataset, resident=None, threads=1, **kwargs):
@@ -335,9 +344,10 @@ class ResidentDL(TfmdDL):
         r = self.resident
         drawn = draw_augment(len(ids), r.augment, r.presize, r.size,
                              np.random.default_rng([self.draw_seed, rank_distrib(), k]))
-        side,H = shrink_to(drawn, r.presize, r.size),homographies(drawn, r.presize, r.size)
+        side = shrink_to(drawn, r.presize, r.size)
+        H = homographies(drawn, r.presize, r.size, np.array([r.shape(o) for o in rows]))
         kw = dict(mode=r.augment['mode'], pad_mode=r.augment['pad_mode'])
-        if isinstance(r.squares, torch.Tensor) and min(rows) >= 0:
+        if isinstance(r.squares, torch.Tensor) and all(o >= 0 for o in rows):
             return warp_torch(r.squares[rows], H, drawn, r.size, side, r.stats, **kw), ()
         T = tables(drawn, r.stats)
         def fill(j, out): warp_cv2(r.square(self.dataset.items[ids[j]], rows[j]), H[j], T[j], out, side, **kw)
@@ -345,7 +355,7 @@ class ResidentDL(TfmdDL):
 
     def _middle(self, k, ids, rows, pool): # a batch of other images
         r = self.resident
-        if isinstance(r.middles, torch.Tensor) and max(rows) < 0:
+        if isinstance(r.middles, torch.Tensor) and all(o < 0 for o in rows):
             return normalised(r.middles[[~o for o in rows]], r.stats), ()
         T = tables(None, r.stats)[0]
         def fill(j, out):
@@ -373,7 +383,7 @@ class ResidentDL(TfmdDL):
             while started: yield self._finish(started.popleft())
         finally: pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/03_resident.ipynb #58b919bf
+# %% ../nbs/03_resident.ipynb #0e2be814
 @delegates(open_data, but=['presize', 'resize', 'bs'])
 def resident_data(
     source:str|Path, # as in `get_data`
@@ -382,29 +392,30 @@ def resident_data(
     device=None, # where the batches go; None: fastai's default device
     *,
     presize:int|None=None, # side of the squares that are kept, in pixels; None: the dataset's own
-    num_workers:int|None=None, # threads that make batches; None: one for each core, at most 8
+    num_workers:int|None=None, # threads that make batches, at least one; None: one for each core, at most 8
     hold:str|None=None, # 'map': on the disk; 'memory'; 'device'; None: on a GPU if there is room for it, else 'map'
     **kwargs
 ) -> DataLoaders: # as `get_data` returns
     "`get_data` with every image decoded once; batches have the same distribution and do not depend on `num_workers`"
-    check_counts(num_workers=num_workers)
+    check_counts(0, num_workers=num_workers)
     if hold not in (None, 'map', 'memory', 'device'):
         raise InputError(f"hold must be 'map', 'memory' or 'device', not {hold!r}")
-    if kwargs.get('augment') and kwargs['augment'].get('xtra_tfms'):
-        raise InputError('the resident loader has no xtra_tfms: add them with dls.add_tfms, or use get_data')
-    block,items,info = open_data(source, presize, size, bs, **kwargs)
+    block,items,sizes,info = open_data(source, presize, size, bs, **kwargs)
+    if info['augment'].get('xtra_tfms') or not info['augment'].get('align_corners', True):
+        raise InputError('the resident loader has neither xtra_tfms nor align_corners=False: use get_data')
     device = torch.device(default_device() if device is None else device)
-    threads = num_workers or min(os.cpu_count(), 8)
+    threads = min(os.cpu_count(), 8) if num_workers is None else max(1, num_workers)
     data = block.datasets(items)
     sets = [data.subset(i) for i in range(data.n_subsets)]
     train,other = list(sets[0].items),[o for d in sets[1:] for o in d.items]
+    shapes = (sizes[:, 0]/sizes[:, 1])[list(data.splits[0])]
     need = resident_bytes(len(train), len(other), info['presize'], info['resize'], bs)
     hold = room_for(need['map'], device, hold)
     stats = fix_stats(info['stats'])
     resident = Resident(info['presize'], info['resize'], info['augment'], info['fit'], stats)
     cv2.setNumThreads(1) # the threads here share the images, not the pixels of one
     key = dict(fingerprint=info['fingerprint'], fit=info['fit'], presize=info['presize'])
-    with ThreadPoolExecutor(threads) as pool: resident.keep(train, other, key, pool)
+    with ThreadPoolExecutor(threads) as pool: resident.keep(train, shapes, other, key, pool)
     resident.move(hold, device)
     after = [Floated(), *([Normalized.from_stats(*stats)] if stats else [])]
     dls = [ResidentDL(d, resident, threads, bs=bs, shuffle=not i, drop_last=not i, after_batch=after, device=device)
