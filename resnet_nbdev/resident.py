@@ -185,14 +185,15 @@ def tables(
     mean,std = (np.asarray(o)[None, :, None] for o in (stats or ([0]*3, [1]*3)))
     return ((v[:, None] - mean)/std).astype(np.float32)
 
-# %% ../nbs/03_resident.ipynb #4c053d45
+# %% ../nbs/03_resident.ipynb #a34cb81f
 _MODES = {'bilinear': cv2.INTER_LINEAR, 'nearest': cv2.INTER_NEAREST, 'bicubic': cv2.INTER_CUBIC}
 _EDGES = {'reflection': cv2.BORDER_REFLECT_101, 'border': cv2.BORDER_REPLICATE, 'zeros': cv2.BORDER_CONSTANT}
 
 def shrink_to(drawn, presize, size) -> int: # side that the squares of this batch are averaged down to first, in pixels
-    "As fastai does: where a crop is over twice the size of its image, one lookup would skip pixels"
-    factor = drawn.crop.median()/(2*size)
-    return round(presize/factor) if factor > 1.1 else presize
+    "Halved while the crops are over three times the size of an image: one lookup would skip pixels"
+    side = presize
+    while drawn.crop.median()*side/presize > 3*size: side = math.ceil(side/2)
+    return side
 
 def warp_cv2(
     square:np.ndarray, # uint8 (presize, presize, 3)

@@ -3,11 +3,13 @@ import io
 import json
 import math
 import os
+import shutil
 import socket
 import tarfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from resnet_nbdev.blocks import InputError
 from resnet_nbdev.cli import resnet_fine_tune
 from resnet_nbdev.data import CATALOGUE, data_path, find_images, get_data
@@ -190,8 +192,32 @@ def test_benchmarks(refused_here, tmp_path):
     bench('model', '--size', 16, says=['too small'])
     bench('model', '--rounds', 0, says=['rounds'])
     bench('strides', says=['--weights'])
+    for o in ('data', 'train'): bench(o, '--data', 'nowhere', says=["unknown dataset 'nowhere'"])
     (tmp_path/'a.pth').write_bytes(b'no weights')
     bench('strides', '--weights', 'a.pth', '--data', tmp_path, says=[tmp_path, 'no .JPEG files'])
+
+
+def test_data_command(refused_here, run_here, folder, tmp_path):
+    "What resnet_data refuses, and what it says of a set"
+    refused_here('resnet_data', 'look', says=["unknown action 'look'", "'list', 'get' or 'check'"])
+    for o in ('get', 'check'): refused_here('resnet_data', o, says=[f'{o} needs a dataset'])
+    refused_here('resnet_data', 'get', 'imagenet', says=["unknown dataset 'imagenet'"])
+    refused_here('resnet_data', 'check', folder, '--plot', 'counts.nonsense', says=['counts.nonsense', 'cannot be written'])
+    refused_here('resnet_data', 'check', folder, '--out', 'no/folder/x.csv', says=['no/folder'])
+    shutil.copy(folder/'train'/'cat'/'0.png', folder/'val'/'cat'/'again.png')
+    done = run_here('resnet_data', 'check', folder, '--plot', 'counts.png', '--out', 'problems.csv')
+    assert (done.returncode, done.stderr) == (0, '') and 'in two splits: 1' in done.stdout
+    assert '25 readable images of 2 classes' in done.stdout
+    assert Image.open(tmp_path/'counts.png').size[0] > 300 and 'again.png' in (tmp_path/'problems.csv').read_text()
+
+
+def test_resident_by_command(run_cli, refused_here, folder, tmp_path):
+    "Trained from kept pixels; a batch that is too large is refused there, too"
+    done = run_cli('resnet_fine_tune', folder, *SMALL, '--resident', '--name', 'mine')
+    assert done.returncode == 0 and not done.stderr, done
+    config = json.loads((tmp_path/'runs'/'mine'/'config.json').read_text())
+    assert config['data']['loader'] == 'resident' and config['arguments']['resident'] is True
+    refused_here('resnet_fine_tune', folder, *SMALL, '--resident', '--bs', 99, says=['a batch of 99 is larger'])
 
 
 def test_seed_out_of_range(refused_here, tmp_path):

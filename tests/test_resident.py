@@ -763,7 +763,7 @@ def test_all_parameters(presize, size, far):
 
 
 def test_shrinking_first():
-    "Far larger squares are averaged first, as fastai does it: noise becomes grey, and does not stay noise"
+    "Far larger squares are averaged first, by halving: noise becomes grey, as with fastai, and does not stay noise"
     squares, drawn = np.stack([noise(i, 256) for i in range(4)]), given(256, 32, 4)
     assert shrink_to(drawn, 256, 32) == 64 and shrink_to(drawn, 256, 128) == shrink_to(drawn, 256, 256) == 256
     stock, by_both = stock_pictures(squares, drawn, 32), our_pictures(squares, drawn, 32)
@@ -936,11 +936,11 @@ def text(*words):
 
 
 def test_training_images_without_chance(pictures):
-    "Squares without augmentation are fastai's, as they are and shrunk"
-    for presize, size in ((40, 40), (80, 40), (200, 40)):
+    "Squares without augmentation are fastai's, as they are and shrunk; from 200 ours averages 2 pixels, fastai 2.5"
+    for presize, size, limit in ((40, 40, .6), (80, 40, .6), (160, 40, .6), (200, 40, 1)):
         kw = dict(size=size, presize=presize, fit='squish', augment=PLAIN)
         a, b = (inputs(f(pictures, **kw).train.new(shuffle=False)) for f in (ours, theirs))
-        assert grey_levels(a, b).mean() < .6
+        assert grey_levels(a, b).mean() < limit
 
 
 @pytest.mark.parametrize('augment', [dict(min_scale=.5), dict(batch=True), dict(flip_vert=True, pad_mode='zeros'),

@@ -97,11 +97,12 @@ def test_networks_import_torch_alone(module, tmp_path):
     assert (done.returncode, done.stdout.strip()) == (0, ''), done
 
 
-@pytest.mark.parametrize('command', ['resnet_fine_tune', 'resnet_predict'])
-def test_help_is_quick_and_complete(command, tmp_path):
+@pytest.mark.parametrize('command, flags', [('resnet_fine_tune', ['--runs', '--device']),
+                                            ('resnet_predict', ['--runs', '--device']), ('resnet_data', ['--plot'])])
+def test_help_is_quick_and_complete(command, flags, tmp_path):
     "The whole help, without the seconds that fastai takes"
     done = run(sys.executable, '-X', 'importtime', Path(sys.executable).with_name(command), '--help', cwd=tmp_path)
-    assert done.returncode == 0 and '--runs' in done.stdout and '--device' in done.stdout
+    assert done.returncode == 0 and all(o in done.stdout for o in flags)
     assert 'fastai.vision' not in done.stderr and not list(tmp_path.iterdir())
 
 
