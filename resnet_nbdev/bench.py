@@ -65,7 +65,7 @@ def operations(
     with _Operations() as found: model(x).sum().backward()
     return found.count
 
-# %% ../nbs/08_bench.ipynb #17256787
+# %% ../nbs/08_bench.ipynb #2d65987b
 def _wait():
     if torch.cuda.is_available(): torch.cuda.synchronize()
 
@@ -78,7 +78,7 @@ def in_turns(
     names = list(calls)
     turns = [names[i % len(names):] + names[:i % len(names)] for i in range(rounds + 1)]
     rows = [{n: calls[n]() for n in turn} for turn in turns]
-    return pd.json_normalize(rows[1:])
+    return pd.json_normalize([{n: row[n] for n in names} for row in rows[1:]])
 
 def paired_seconds(
     calls:dict, # name -> function without arguments
@@ -91,7 +91,7 @@ def paired_seconds(
         call()
         _wait()
         return time.perf_counter() - start
-    return in_turns({k: partial(timed, f) for k,f in calls.items()}, rounds)[list(calls)]
+    return in_turns({k: partial(timed, f) for k,f in calls.items()}, rounds)
 
 def ratio(
     times:pd.DataFrame, # from `paired_seconds`
@@ -225,14 +225,14 @@ def loader_bench(
     if isinstance(resident.train.resident.squares, np.memmap): calls['resident, from disk'] = from_disk
     return in_turns(calls, rounds)
 
-# %% ../nbs/08_bench.ipynb #a5abf33f
+# %% ../nbs/08_bench.ipynb #a425b8b1
 def plot_rates(
     results:dict, # title -> {name: {low, median, high}}, in images/s
 ) -> plt.Figure:
     "Bars of medians with their quartiles, on a logarithmic axis"
     fig,axes = plt.subplots(1, len(results), figsize=(4.5*len(results), 3.2), layout='constrained', squeeze=False)
     for ax,(title,rates) in zip(axes[0], results.items()):
-        t = pd.DataFrame(rates).T.iloc[::-1]
+        t = pd.DataFrame(rates).T.sort_values('median')
         ours = ['tab:orange' if 'resident' in o or o == 'interpolation' else 'tab:blue' for o in t.index]
         ax.barh(t.index, t['median'], xerr=[t['median'] - t['low'], t['high'] - t['median']], color=ours, capsize=2)
         for i,(v,high) in enumerate(zip(t['median'], t['high'])):
