@@ -202,7 +202,8 @@ def test_data_command(refused_here, run_here, folder, tmp_path):
     refused_here('resnet_data', 'look', says=["unknown action 'look'", "'list', 'get' or 'check'"])
     for o in ('get', 'check'): refused_here('resnet_data', o, says=[f'{o} needs a dataset'])
     refused_here('resnet_data', 'get', 'imagenet', says=["unknown dataset 'imagenet'"])
-    refused_here('resnet_data', 'check', folder, '--plot', 'counts.nonsense', says=['counts.nonsense', 'cannot be written'])
+    refused_here('resnet_data', 'check', folder, '--plot', 'counts.nonsense',
+                 says=['counts.nonsense', 'cannot be written'])
     refused_here('resnet_data', 'check', folder, '--out', 'no/folder/x.csv', says=['no/folder'])
     shutil.copy(folder/'train'/'cat'/'0.png', folder/'val'/'cat'/'again.png')
     done = run_here('resnet_data', 'check', folder, '--plot', 'counts.png', '--out', 'problems.csv')

@@ -920,7 +920,8 @@ def test_photos_that_are_not_square(size, turned, tmp_path, own_cache):
             for i in range(n): Image.fromarray(white).save(tmp_path/split/c/f'{i}.png', exif=exif, pnginfo=text(c, i))
     kw = dict(size=20, presize=20, bs=32, augment=PLAIN, stats='none')
     set_seed(0)
-    a, b = (torch.cat([x.mean((1, 2, 3)) for _ in range(30) for x, _ in f(tmp_path, **kw).train]) for f in (ours, theirs))
+    def seen(f): return torch.cat([x.mean((1, 2, 3)) for _ in range(30) for x, _ in f(tmp_path, **kw).train])
+    a, b = seen(ours), seen(theirs)
     assert len(a) == 30*32 and ks_2samp(a.round(decimals=1), b.round(decimals=1)).pvalue > .001
     if width != height: assert a.min() < .05 and a.max() > .95
     else: assert (a - .5).abs().max() < .01
