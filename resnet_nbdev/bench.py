@@ -8,12 +8,11 @@ __all__ = ['differences', 'operations', 'in_turns', 'paired_seconds', 'ratio', '
            'train_bench', 'imagenette_photos', 'logits_of', 'top_accuracy', 'stride_logits', 'save_result',
            'bench_model', 'bench_strides', 'bench_data', 'bench_train', 'resnet_bench']
 
-# %% ../nbs/08_bench.ipynb #55c867f5
+# %% ../nbs/08_bench.ipynb #aef6a668
 import mmap, os, time
 from collections import Counter
 from datetime import date
 from functools import partial
-from itertools import islice
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.vision.all import (Callback, CancelFitException, ChannelsLast, CrossEntropyLossFlat, DataLoaders, Learner,
@@ -22,7 +21,7 @@ from sklearn.metrics import top_k_accuracy_score
 from torch.utils._python_dispatch import TorchDispatchMode
 from .blocks import InputError
 from .cli import command, pick_device
-from .data import IMAGENETTE_CLASSES, check_counts, data_path, get_data, open_image, settings_of
+from .data import IMAGENETTE_CLASSES, check_counts, data_path, get_data, open_image
 from .resident import draw_augment, homographies, resident_data, tables, warp_cv2
 from resnet_nbdev.resnet import (ResNet, check_arch, create_resnet, layer_table, resnet50, standard_names,
     torchvision_state)

@@ -14,7 +14,7 @@ from resnet_nbdev.blocks import InputError
 from resnet_nbdev.cli import resnet_fine_tune
 from resnet_nbdev.data import CATALOGUE, data_path, find_images, get_data
 from resnet_nbdev.resnet import ARCHS
-from resnet_nbdev.runs import fine_tune, load_run, predict, run_path
+from resnet_nbdev.runs import load_run, predict, run_path
 
 
 
