@@ -311,7 +311,7 @@ class Resident:
     def middle(self, item, row): # uint8 (size, size, 3)
         return _bytes(self.middles[~row]) if row < 0 else self.make_middles([item])[0]
 
-# %% ../nbs/03_resident.ipynb #f6477a1f
+# %% ../nbs/03_resident.ipynb #6a439346
 class ResidentDL(TfmdDL):
     "A `TfmdDL` that makes its batches from a `Resident`; images that it does not keep are decoded when asked for"
     def __init__(self, dataset, resident=None, threads=1, **kwargs):
@@ -382,7 +382,7 @@ class ResidentDL(TfmdDL):
                 started.append(self._start(k, ids, pool))
                 if len(started) > 2: yield self._finish(started.popleft())
             while started: yield self._finish(started.popleft())
-        finally: pool.shutdown(cancel_futures=True)
+        finally: pool.shutdown(wait=False, cancel_futures=True) # a second Ctrl-C would strike in a wait
 
 # %% ../nbs/03_resident.ipynb #0e2be814
 @delegates(open_data, but=['presize', 'resize', 'bs'])
