@@ -10,25 +10,30 @@ __all__ = ['UNREADABLE', 'BAD_EXIF', 'SPLITS', 'LAYOUTS', 'IMAGENETTE_CLASSES', 
            'threaded', 'look_at', 'one_line', 'some', 'sha256_of', 'check_images', 'settings_of', 'datasets',
            'write_digits', 'check_name', 'is_address', 'fetch', 'unpacked', 'data_path', 'fix_augment', 'fix_stats',
            'image_tfms', 'ImagenetteBlock', 'channel_stats', 'empty_classes', 'check_splits', 'noisy_labels',
-           'open_data', 'get_data', 'class_counts', 'check_data', 'plot_counts', 'image_loader', 'fetch_image',
-           'find_images']
+           'open_data', 'get_data', 'class_counts', 'check_data', 'plot_counts', 'image_loader', 'is_public',
+           'fetch_image', 'find_images']
 
 # %% ../nbs/02_data.ipynb #a523ba1c
-import gzip, hashlib, inspect, io, math, os, re, shutil, struct, sys, tempfile, zlib
+import gzip, hashlib, inspect, io, ipaddress, math, os, re, shutil, socket, struct, sys, tempfile, threading, time
+import warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote, urljoin, urlparse
 
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, requests, torch
 from fastai.vision.all import (CategoryBlock, Contrast, CropPad, DataBlock, DataLoaders, Datasets, Dihedral,
     GrandparentSplitter, IntToFloatTensor, L, Normalize, PILImage, RandomResizedCropGPU, Resize, TfmdDL, ToTensor,
     TransformBlock, URLs, aug_transforms, delegates, fastai_path, get_image_files, imagenet_stats, parent_label,
     progress_bar)
 from PIL import Image, ImageOps
+from requests.adapters import HTTPAdapter
+from requests.utils import select_proxy
 from .archives import download, making, unpack
 from .blocks import InputError
+from urllib3.exceptions import HTTPError, NewConnectionError
+from urllib3.util import parse_url
 
 # %% ../nbs/02_data.ipynb #ced26732
 # what Pillow raises for files that it cannot read
@@ -826,50 +831,199 @@ def image_loader(
     bs:int=32, # images in a batch
     device=None, # where the batches go
     fit:str='crop', # as the network was trained with
-    stats='imagenet' # as the network was trained with
+    stats='imagenet', # as the network was trained with
+    augmented:bool=False # prepare them as training images are, at random
 ) -> TfmdDL: # of batches (bs, 3, resize, resize), in the order of `images`
-    "New images, prepared exactly as validation images are"
+    "New images, prepared exactly as validation images are, or as training images for several looks at each"
     item_tfms,batch_tfms = image_tfms(presize, resize, augment, fit, stats)
     data = Datasets(L(images, use_list=True), tfms=[[open_image]], splits=[range(len(images))]*2)
-    return TfmdDL(data.valid, bs=bs, after_item=[*item_tfms, ToTensor()], after_batch=[IntToFloatTensor(), *batch_tfms],
-                  device=device, num_workers=0)
+    return TfmdDL(data.train if augmented else data.valid, bs=bs, after_item=[*item_tfms, ToTensor()],
+                  after_batch=[IntToFloatTensor(), *batch_tfms], device=device, num_workers=0)
+
+# %% ../nbs/02_data.ipynb #2a6e1f02
+_NAT64,_ASSIGNED = ipaddress.ip_network('64:ff9b::/96'),ipaddress.ip_network('2000::/3')
+_INSIDE = [ipaddress.ip_network(o) for o in ('192.0.0.0/24', '168.63.129.16')] # for protocols; metadata of Azure
+
+def is_public(
+    address:str # IPv4 or IPv6, in numbers
+) -> bool:
+    "Whether an address is one of the public internet; of an IPv6 address with an IPv4 one in it, that counts"
+    ip = ipaddress.ip_address(address.partition('%')[0])
+    if ip.version == 6:
+        inner = ipaddress.IPv4Address(int(ip) & 0xffffffff) if ip in _NAT64 else ip.ipv4_mapped or ip.sixtofour
+        if inner is None and ip not in _ASSIGNED: return False
+        ip = inner or ip
+    return ip.is_global and not ip.is_multicast and not any(ip in o for o in _INSIDE)
+
+# %% ../nbs/02_data.ipynb #2a6e1f05
+class _Refused(Exception): "What is wrong with an address, as the end of a sentence that begins with it"
+
+class _Guard(HTTPAdapter):
+    "Connects to public addresses only, unless `allow_private`, and cuts its connections off after `seconds`"
+    def __init__(self, allow_private, seconds):
+        super().__init__()
+        self.allow_private,self.end,self.sockets = allow_private,time.monotonic() + seconds,[]
+        self.pools = {k: self._pool(v) for k,v in self.poolmanager.pool_classes_by_scheme.items()}
+        self.poolmanager.pool_classes_by_scheme = self.pools
+        self.timer = threading.Timer(seconds, self.cut)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def _pool(self, pool): # urllib3 still verifies a certificate by the name
+        class Connection(pool.ConnectionCls): _new_conn = lambda conn: self.connect(conn)
+        return type(pool.__name__, (pool,), dict(ConnectionCls=Connection))
+
+    def proxy_manager_for(self, proxy, **kwargs):
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        if not proxy.lower().startswith('socks'): manager.pool_classes_by_scheme = self.pools
+        return manager
+
+    def over(self): return time.monotonic() >= self.end
+
+    def cut(self):
+        for o in self.sockets:
+            try: o.shutdown(socket.SHUT_RDWR)
+            except OSError: pass # it has ended already
+
+    def close(self):
+        self.timer.cancel()
+        for o in self.sockets: o.close()
+        super().close()
+
+    def check(self, address, public):
+        if self.allow_private or public: return
+        raise _Refused(f'leads to {one_line(address)}, which is no public address: give allow_private '
+                       '(on the command line --allow_private) if you trust it, or a file')
+
+    def check_host(self, host):
+        "What can be known of a host before its name is looked up: numbers, however spelled, and names of the inside"
+        host = host.strip('[]').rstrip('.').lower()
+        try: found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
+        except (OSError, UnicodeError):
+            inside = host.endswith(('.localhost', '.localdomain', '.local', '.internal'))
+            self.check(host, '.' in host and ':' not in host and not inside)
+        else:
+            for *_,address in found: self.check(address[0], is_public(address[0]))
+
+    def connect(self, conn):
+        "A socket for a connection of urllib3, to an address that was checked"
+        try: found = socket.getaddrinfo(conn.host.strip('[]'), conn.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as e: raise NewConnectionError(conn, str(e)) from None
+        for *_,address in found:
+            if not conn.proxy: self.check(address[0], is_public(address[0])) # a proxy may be private
+        fault = 'no time left'
+        for family,kind,proto,_,address in found:
+            if self.over(): break
+            try:
+                sock = socket.socket(family, kind, proto)
+                try:
+                    sock.settimeout(max(1e-3, min(conn.timeout, self.end - time.monotonic())))
+                    sock.connect(address)
+                    self.sockets.append(sock.dup()) # for `cut`, since TLS takes the first one away
+                except OSError:
+                    sock.close()
+                    raise
+            except OSError as e: fault = e
+            else:
+                if self.over(): self.cut()
+                return sock
+        raise NewConnectionError(conn, str(fault))
 
 # %% ../nbs/02_data.ipynb #1b2696f5
+def _ask(session, guard, url, timeout): # response, its content not yet read
+    if urlparse(url).scheme not in ('http', 'https'): raise _Refused('is no http or https address: give one, or a file')
+    request = session.prepare_request(requests.Request('GET', url, headers={
+        'User-Agent': 'resnet_nbdev', 'Accept-Encoding': 'identity'}))
+    place = parse_url(request.url)
+    if place.auth: raise _Refused('has a user name in it: give an address without one, or a file')
+    settings = session.merge_environment_settings(request.url, {}, True, None, None)
+    # a proxy looks up names itself, and what a name that looks public leads to is for the proxy to check
+    if select_proxy(request.url, settings['proxies']): guard.check_host(place.host)
+    return guard.send(request, timeout=timeout, **settings) # the session's `send` would read all that a redirect holds
+
+def _content(r, limit, guard):
+    large = _Refused(f'is larger than {limit:,} bytes, which no photo should be')
+    if (r.raw.length_remaining or 0) > limit: raise large
+    content = bytearray()
+    for chunk in r.raw.stream(1 << 16, decode_content=False):
+        content += chunk
+        if len(content) > limit: raise large
+        if guard.over(): break
+    if guard.over(): raise requests.Timeout # what a connection that was cut off has brought may look whole
+    packing = r.headers.get('Content-Encoding', '').strip().lower()
+    if packing in ('gzip', 'x-gzip'): # not asked for; some servers do it all the same
+        try: content = zlib.decompressobj(31).decompress(content, limit + 1)
+        except zlib.error as e: raise _Refused(f'is no readable image ({e})') from None
+        if len(content) > limit: raise large
+    elif packing not in ('', 'identity'): raise _Refused(f'is packed as {one_line(packing)[:40]}: give a file instead')
+    return bytes(content)
+
+def _check_content(content):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as im:
+                if im.format in ('EPS', 'WMF'): raise ValueError(f'{im.format} is a program, which would be run')
+            open_image(content)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise _Refused(f'has more than {Image.MAX_IMAGE_PIXELS:,} pixels, which no photo should have') from None
+    except InputError as e: raise _Refused(one_line(e).replace('these bytes are', 'is')) from None
+    except Exception as e: # a decoder may raise anything on bytes that were made to break it
+        raise _Refused(f'is no readable image ({one_line(reason(e))})') from None
+
 def fetch_image(
     url:str, # http or https address of an image
     limit:int=50_000_000, # largest size that is accepted, in bytes
-    timeout:float=20 # longest silence of the server, in seconds
+    timeout:float=20, # longest silence of the server, in seconds
+    seconds:float=60, # longest time for all of it, without the system's look-up of names
+    allow_private:bool=False # accept addresses of this machine and of the network inside, too
 ) -> bytes:
-    "The content of an image on the web"
-    import requests
+    "The content of an image on the web, after at most five redirects, none of them from https to http"
+    check_counts(limit=limit)
+    for k,v in dict(timeout=timeout, seconds=seconds).items():
+        if not 0 < v <= 86_400: raise InputError(f'{k} must be above 0 and at most 86,400 seconds, and is {v}')
+    guard,hops,content = _Guard(allow_private, seconds),[url],None
     try:
-        with requests.get(url, stream=True, timeout=timeout, headers={'User-Agent': 'resnet_nbdev'}) as r:
-            r.raise_for_status()
-            content = bytearray()
-            for chunk in r.iter_content(1 << 16):
-                content += chunk
-                if len(content) > limit:
-                    raise InputError(f'{url} is larger than {limit:,} bytes, which no photo should be')
-    except requests.RequestException as e:
-        why = getattr(e.response, 'status_code', None) or type(e).__name__
-        raise InputError(f'{url} could not be fetched ({why}): give a file instead') from None
-    try: open_image(bytes(content))
-    except InputError as e: raise InputError(str(e).replace('these bytes are', f'{url} is')) from None
-    return bytes(content)
+        with requests.Session() as session:
+            for o in ('http://', 'https://'): session.mount(o, guard) # which the session closes
+            session.auth = lambda request: request # or requests adds a password from ~/.netrc
+            while content is None:
+                with _ask(session, guard, hops[-1], timeout) as r:
+                    if r.is_redirect:
+                        hops.append(urljoin(r.url, session.get_redirect_target(r)))
+                        if len(hops) > 6: raise requests.TooManyRedirects
+                        if r.url.startswith('https:') and urlparse(hops[-1]).scheme == 'http':
+                            raise _Refused('leads from https to http, where anybody can change it: give a file instead')
+                    elif r.status_code in (200, 203): content = _content(r, limit, guard)
+                    else: raise requests.HTTPError(response=r)
+        _check_content(content)
+        return content
+    except _Refused as e: why = str(e)
+    except (requests.RequestException, HTTPError, OSError, ValueError) as e:
+        code = getattr(getattr(e, 'response', None), 'status_code', None)
+        said = f'more than {seconds:g} seconds' if guard.over() else code or type(e).__name__
+        why = f'could not be fetched ({said}): give a file instead'
+    told = [re.sub(r'//[^/?#\\]*@', '//', one_line(o))[:200] for o in hops]
+    raise InputError(told[0] + (f' (redirected to {told[-1]})' if len(told) > 1 else '') + f' {why}')
 
+# %% ../nbs/02_data.ipynb #2a6e1f08
 def find_images(
     sources:list, # files, folders (searched to the bottom) and addresses
-    strict:bool=False # refuse a folder with unreadable images, instead of leaving them out
+    strict:bool=False, # refuse a folder with unreadable images, instead of leaving them out
+    allow_private:bool=False # accept addresses of this machine and of the network inside, too
 ) -> dict: # {name: path or bytes}
     "The images that `sources` stand for"
     found = {}
     for o in [sources] if isinstance(sources, (str, Path)) else sources:
-        if isinstance(o, str) and is_address(o): found[o] = fetch_image(o)
-        elif (path := Path(o).expanduser()).is_dir():
+        if isinstance(o, str) and is_address(o): found[o] = fetch_image(o, allow_private=allow_private)
+        elif os.path.isdir(path := Path(os.path.expanduser(o))):
             good,_,_ = check_images(sorted(get_image_files(path)), strict)
             if not good: raise InputError(f'there is no readable image in {path}')
             found |= {str(f): f for f in good}
-        elif path.is_file(): found[str(o)] = path
-        else: raise InputError(f'there is no file or folder {o}')
+        elif os.path.isfile(path): found[str(o)] = path
+        else:
+            also = re.match(r'[A-Za-z][\w+.-]+:', str(o))
+            raise InputError(f'there is no file or folder {one_line(o)[:200]}' +
+                             (', and an address must begin with http:// or https://' if also else ''))
     if not found: raise InputError('no image was given')
     return found
