@@ -258,6 +258,7 @@ def cifar_resnet(
 # %% ../nbs/01_resnet.ipynb #58b9344e
 ARCHS = {f.__name__: f for f in (resnet18, resnet34, resnet50, resnet101, resnet152)}
 ARCHS |= {f'{n}d': partial(f, stem='deep', shortcut_kind='D') for n,f in list(ARCHS.items())}
+ARCHS |= {f'{f.__name__}_v1': partial(f, stride_on='1x1') for f in (resnet50, resnet101, resnet152)}
 ARCHS |= {f'preact_{f.__name__}': partial(f, block=PreActBlock) for f in (resnet18, resnet34)}
 ARCHS |= {f'wide_{f.__name__}_2': partial(f, width_per_group=128) for f in (resnet50, resnet101)}
 ARCHS |= {f"{f.__name__.replace('resnet', 'resnext')}_{g}x{w}d": partial(f, groups=g, width_per_group=w)
