@@ -976,7 +976,7 @@ def fetch_image(
     limit:int=50_000_000, # largest size that is accepted, in bytes
     timeout:float=20, # longest silence of the server, in seconds
     seconds:float=60, # longest time for all of it, without the system's look-up of names
-    allow_private:bool=False # accept addresses of this machine and of the network inside, too
+    allow_private:bool=False # fetch from addresses of this machine and its network, too
 ) -> bytes:
     "The content of an image on the web, after at most five redirects, none of them from https to http"
     check_counts(limit=limit)
@@ -1010,7 +1010,7 @@ def fetch_image(
 def find_images(
     sources:list, # files, folders (searched to the bottom) and addresses
     strict:bool=False, # refuse a folder with unreadable images, instead of leaving them out
-    allow_private:bool=False # accept addresses of this machine and of the network inside, too
+    allow_private:bool=False # fetch from addresses of this machine and its network, too
 ) -> dict: # {name: path or bytes}
     "The images that `sources` stand for"
     found = {}

@@ -418,19 +418,25 @@ def test_no_classes_asked_for(refused_here, digits_run, digit_files):
 
 def test_unreachable_address(refused_here, digits_run):
     with socket.create_server(('127.0.0.1', 0)) as s: url = f'http://127.0.0.1:{s.getsockname()[1]}/photo.png'
-    refused_here('resnet_predict', digits_run, url, says=[url, 'could not be fetched', 'file'])
+    refused_here('resnet_predict', digits_run, url, '--allow_private', says=[url, 'could not be fetched', 'file'])
+
+
+def test_address_of_this_machine(refused_here, digits_run, digit_files, web):
+    web.pages['seven.png'] = digit_files[7].read_bytes()
+    refused_here('resnet_predict', digits_run, f'{web.url}seven.png',
+                 says=[f'{web.url}seven.png leads to 127.0.0.1', 'no public address', '--allow_private'])
 
 
 def test_address_without_a_picture(web, digits_run):
     "The address and the reason: a 404 is mended in another way than a dead network"
     web.pages['page.html'] = b'<html>no picture</html>'
-    refuses([f'{web.url}absent.png could not be fetched', '404'], predict, digits_run, f'{web.url}absent.png')
-    refuses([f'{web.url}page.html', 'no readable image'], predict, digits_run, f'{web.url}page.html')
+    for page, says in [('absent.png', ['could not be fetched', '404']), ('page.html', ['no readable image'])]:
+        refuses([web.url + page, *says], predict, digits_run, web.url + page, allow_private=True)
 
 
 def test_address_that_breaks_off(web, digits_run):
     web.pages['cut.png'] = b'\x89PNG', 1000
-    refuses([f'{web.url}cut.png could not be fetched'], predict, digits_run, f'{web.url}cut.png')
+    refuses([f'{web.url}cut.png could not be fetched'], predict, digits_run, f'{web.url}cut.png', allow_private=True)
 
 
 def test_folder_with_a_bad_file(run_cli, refused_here, run_copy, digit_files, tmp_path):
@@ -448,7 +454,7 @@ def test_folder_with_a_bad_file(run_cli, refused_here, run_copy, digit_files, tm
 def test_json_and_table_say_the_same(run_cli, run_here, digits_run, digit_files, web):
     "For a file and an address; with 12 classes asked for, the 10 that there are"
     web.pages['seven.png'] = digit_files[7].read_bytes()
-    args = 'resnet_predict', digits_run, digit_files[3], f'{web.url}seven.png', '--k', 12
+    args = 'resnet_predict', digits_run, digit_files[3], f'{web.url}seven.png', '--k', 12, '--allow_private'
     table, data = run_cli(*args), run_here(*args, '--json')
     assert (table.returncode, data.returncode, table.stderr, data.stderr) == (0, 0, '', '')
     found = json.loads(data.stdout)
