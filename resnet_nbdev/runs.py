@@ -151,7 +151,7 @@ class RunRecorder(Callback):
     @property
     def history(self): return pd.DataFrame(self.rows)
 
-# %% ../nbs/05_runs.ipynb #e88b95c3
+# %% ../nbs/05_runs.ipynb #ca770eb7
 def staged_together(folder:Path, files:dict, state:dict):
     "Write files and the state that has their fingerprints, so that a crash leaves all of the old or all of the new"
     parts = {}
@@ -271,6 +271,8 @@ class Checkpointer(Callback):
                         'images/s': float(t['images/s'].median())}
         write_json(self.folder/'metrics.json', {**metrics, **more})
 
+WEIGHTS = 'best', 'last', 'average'
+
 def save_figure(fig:plt.Figure, path:Path):
     "Write a figure as a file and close it"
     fig.savefig(path, dpi=100)
@@ -319,7 +321,7 @@ def run_from(learn:Learner, start:int, put_back):
             learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
     learn._do_fit = do_fit
 
-# %% ../nbs/05_runs.ipynb #5044619c
+# %% ../nbs/05_runs.ipynb #682128d5
 def explain_failure(e:BaseException) -> str: # '' for what is not known
     "What to do about the ways in which training fails for want of memory, of values to normalise, or of a process"
     said = str(e).strip()
@@ -493,10 +495,12 @@ def _train(learn, config, state, cycles, lines, tensorboard, sync_bn, cbs):
         if board is not None: board.close()
     if is_main():
         with alone():
-            averaged = _measured(learn, path/'average.safetensors')
+            averaged,tested = _measured(learn, path, ['average']).get('average'),{}
+            if len(learn.dls.loaders) > 2: tested = _measured(learn, path, WEIGHTS, 2)
             if recorder.rows: save_figure(plot_history(recorder.history), path/'curves.png')
             save_figure(plot_predictions(learn), path/'predictions.png')
-        keeper.write_metrics('finished', **(dict(average=averaged) if averaged else {}))
+        keeper.write_metrics('finished', **(dict(average=averaged) if averaged else {}),
+                             **(dict(test=tested) if tested else {}))
         (path/'state.safetensors').unlink(missing_ok=True)
         shutil.rmtree(path/'recent', ignore_errors=True)
     return learn
@@ -507,14 +511,16 @@ def _end(keeper, status): # a full disk must not hide what went wrong first
         if keeper.done: save_figure(plot_history(keeper.recorded.history), keeper.folder/'curves.png')
     except OSError: pass
 
-def _measured(learn, file): # losses and metrics of averaged weights
-    model = bare(learn.model)
-    if not file.exists() or not isinstance(model, ResNet): return None
+def _measured(learn, path, kinds, ds_idx=1) -> dict: # {kind of weights: {loss, metrics}}
+    model,found = bare(learn.model),{}
     now = {k: v.clone() for k,v in model.state_dict().items()}
-    load_weights(model, read_tensor_file(file)[0], strict=True)
-    with learn.no_bar(), learn.no_logging(): found = learn.validate()
+    for kind in kinds if isinstance(model, ResNet) else []:
+        if not (file := path/f'{kind}.safetensors').exists(): continue
+        load_weights(model, read_tensor_file(file)[0], strict=True)
+        with learn.no_bar(), learn.no_logging(): values = map(float, learn.validate(ds_idx))
+        found[kind] = dict(zip(['valid_loss' if ds_idx == 1 else 'loss', *learn.metrics.attrgot('name')], values))
     model.load_state_dict(now)
-    return dict(zip(['valid_loss', *learn.metrics.attrgot('name')], map(float, found)))
+    return found
 
 # %% ../nbs/05_runs.ipynb #c40be8e4
 def compare_runs(
@@ -612,9 +618,7 @@ def run_recipe(
         return fine_tune(learn, name, resume=resume, runs=runs, json_lines=json_lines, tensorboard=tensorboard,
                          arguments={**r, 'seed': seed, 'device': str(device)}, **{k: r[k] for k in for_run if k in r})
 
-# %% ../nbs/05_runs.ipynb #e88046e9
-WEIGHTS = 'best', 'last', 'average'
-
+# %% ../nbs/05_runs.ipynb #8f9b3bcc
 def load_run(
     run:str|Path, # folder of a run, or its name
     weights:str='best', # 'best', 'last' or 'average'
