@@ -336,7 +336,7 @@ def changed(before:dict, after:dict) -> set: # names
     "The entries of a state dictionary that differ"
     return {k for k in after if not torch.equal(before[k], after[k])}
 
-# %% ../nbs/04_learner.ipynb #d1b5ad63
+# %% ../nbs/04_learner.ipynb #12f8489a
 RECIPES = dict(
     # fastai, from scratch
     S1=dict(source='imagenette', arch='resnet34', plan='all', freeze_epochs=3, epochs=12, base_lr=5e-4),
@@ -355,13 +355,13 @@ RECIPES = dict(
 RECIPES |= {
     'scratch': {**RECIPES['S1'], 'resident': True, 'base_lr': 4e-3, 'label_smoothing': 0.1, 'wd': 0.05, 'top_k': 0},
     'places': {**RECIPES['S2'], 'plan': 'discriminative', 'resident': True, 'freeze_epochs': 1, 'epochs': 4,
-               'base_lr': 2e-3, 'ema': 0.99},
+               'base_lr': 1e-3, 'lr_mult': 1000, 'ema': 0.99},
     'mnist': dict(source='mnist', arch='cifar_resnet20', plan='all', freeze_epochs=1, epochs=4, base_lr=1e-2,
                   resident=True),
     'dogs': dict(source='stanford_dogs', arch='resnet50', weights='imagenet', plan='discriminative', freeze_epochs=1,
                  epochs=5, base_lr=2e-3, label_smoothing=0.1, top_k=5, resident=True),
     'birds': {**RECIPES['S5'], 'plan': 'discriminative', 'resident': True, 'freeze_epochs': 3, 'epochs': 10,
-              'base_lr': 4e-3, 'label_smoothing': 0.1, 'wd': 0.01, 'ema': 0.99, 'monitor': 'accuracy'}}
+              'base_lr': 1.5e-3, 'lr_mult': 1000, 'label_smoothing': 0.1, 'wd': 0.01, 'ema': 0.99, 'monitor': 'accuracy'}}
 
 def find_recipe(recipe:str|dict) -> dict: # a copy
     "A recipe by its name, or a dictionary as it is"
