@@ -321,7 +321,7 @@ def run_from(learn:Learner, start:int, put_back):
             learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
     learn._do_fit = do_fit
 
-# %% ../nbs/05_runs.ipynb #682128d5
+# %% ../nbs/05_runs.ipynb #1c66063f
 def explain_failure(e:BaseException) -> str: # '' for what is not known
     "What to do about the ways in which training fails for want of memory, of values to normalise, or of a process"
     said = str(e).strip()
@@ -334,7 +334,7 @@ def explain_failure(e:BaseException) -> str: # '' for what is not known
         return 'a process that loads images was killed, perhaps for want of memory: fewer of them (workers) need less'
     if lost_peer(e): return 'another process of this run has ended or does not answer'
     if 'InputError: ' in said: return said.splitlines()[-1].split('InputError: ')[-1] # out of a worker process
-    return said if isinstance(e, InputError) else ''
+    return said.splitlines()[-1].strip() if isinstance(e, InputError) else '' # fastai adds lines of its own before it
 
 def check_schedule(freeze_epochs:int, epochs:int, base_lr:float):
     "Raise `InputError` for a schedule that cannot be trained"
