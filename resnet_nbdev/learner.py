@@ -8,8 +8,7 @@ __all__ = ['PLANS', 'OPTIMIZERS', 'SCHEDULES', 'RECIPES', 'stage_groups', 'build
            'ProgressiveSize', 'pick_precision', 'training_tools', 'group_names', 'group_rates', 'check_kind',
            'plan_cycles', 'run_cycle', 'plan_table', 'changed', 'find_recipe', 'plot_predictions']
 
-# %% ../nbs/04_learner.ipynb #8229ffd9
-import inspect
+# %% ../nbs/04_learner.ipynb #8481924b
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -175,7 +174,7 @@ def described(o) -> str|None:
     if isinstance(o, dict): return f'{len(o)} tensors'
     return getattr(o, '__name__', None) or (str(o) if hasattr(o, '__fspath__') else type(o).__name__)
 
-# %% ../nbs/04_learner.ipynb #b34eeabe
+# %% ../nbs/04_learner.ipynb #c71b1df6
 def top_accuracy_of(k:int, classes:int): # a fastai metric called top_k
     "Share of images whose class is among the k most probable"
     if not 1 <= k <= classes: raise InputError(f'top_k must lie between 1 and the {classes} classes, and is {k}')
@@ -245,7 +244,7 @@ def pick_precision(precision:str, device) -> str: # 'fp32', 'bf16' or 'fp16'
 def training_tools(device='cpu', mixup=0, cutmix=0, clip=0, accumulate=0, precision='fp32', channels_last=False, ema=0,
                    max_norm=0, progressive=(), label_smoothing=0, bn='train') -> tuple: # (callbacks, loss function)
     "fastai's callbacks and ours for the options of `resnet_learner`"
-    limits = dict(mixup=np.inf, cutmix=np.inf, clip=np.inf, accumulate=np.inf, max_norm=np.inf, ema=1, label_smoothing=1)
+    limits = {**dict.fromkeys(('mixup', 'cutmix', 'clip', 'accumulate', 'max_norm'), np.inf), 'ema': 1, 'label_smoothing': 1}
     for k,top in limits.items():
         if not 0 <= (v := locals()[k]) < top:
             raise InputError(f"{k} must be at least 0{f' and below {top}' if top == 1 else ''}, and is {v}")
@@ -336,7 +335,7 @@ def changed(before:dict, after:dict) -> set: # names
     "The entries of a state dictionary that differ"
     return {k for k in after if not torch.equal(before[k], after[k])}
 
-# %% ../nbs/04_learner.ipynb #12f8489a
+# %% ../nbs/04_learner.ipynb #a328aaab
 RECIPES = dict(
     # fastai, from scratch
     S1=dict(source='imagenette', arch='resnet34', plan='all', freeze_epochs=3, epochs=12, base_lr=5e-4),
@@ -361,7 +360,8 @@ RECIPES |= {
     'dogs': dict(source='stanford_dogs', arch='resnet50', weights='imagenet', plan='discriminative', freeze_epochs=1,
                  epochs=5, base_lr=2e-3, label_smoothing=0.1, top_k=5, resident=True),
     'birds': {**RECIPES['S5'], 'plan': 'discriminative', 'resident': True, 'freeze_epochs': 3, 'epochs': 10,
-              'base_lr': 1.5e-3, 'lr_mult': 1000, 'label_smoothing': 0.1, 'wd': 0.01, 'ema': 0.99, 'monitor': 'accuracy'}}
+              'base_lr': 1.5e-3, 'lr_mult': 1000, 'label_smoothing': 0.1, 'wd': 0.01, 'ema': 0.99,
+              'monitor': 'accuracy'}}
 
 def find_recipe(recipe:str|dict) -> dict: # a copy
     "A recipe by its name, or a dictionary as it is"

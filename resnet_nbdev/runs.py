@@ -151,7 +151,7 @@ class RunRecorder(Callback):
     @property
     def history(self): return pd.DataFrame(self.rows)
 
-# %% ../nbs/05_runs.ipynb #ca770eb7
+# %% ../nbs/05_runs.ipynb #e94d5d77
 def staged_together(folder:Path, files:dict, state:dict):
     "Write files and the state that has their fingerprints, so that a crash leaves all of the old or all of the new"
     parts = {}
@@ -192,7 +192,8 @@ class Checkpointer(Callback):
         self.recorded,self.folder,self.config,self.lines,self.board = recorder,folder,config,lines,board
         self.best = state['best'] if state else None
         self.files = dict(state['files']) if state else {}
-        self.done,self.resumed = len(recorder.rows),list(state['resumed']) if state else [] # done: rows that are on the disk
+        self.done = len(recorder.rows) # rows that are on the disk
+        self.resumed = list(state['resumed']) if state else []
 
     def after_epoch(self):
         monitor,patience,rows = self.config['monitor'],self.config['patience'],self.recorded.rows
@@ -278,7 +279,7 @@ def save_figure(fig:plt.Figure, path:Path):
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
-# %% ../nbs/05_runs.ipynb #8d03ca22
+# %% ../nbs/05_runs.ipynb #ed5e25ef
 def identity(config:dict) -> dict:
     "The part of a run's configuration that a continuation must share"
     keys = ('arch', 'made', 'cycles', 'monitor', 'average', 'patience', 'seed', 'ranks', 'sync_bn', 'callbacks',
@@ -292,7 +293,8 @@ def differences(old, new, at:str='') -> list: # sentences
     "Where two nested values differ"
     if isinstance(old, dict) and isinstance(new, dict):
         return [o for k in {**old, **new} for o in differences(old.get(k), new.get(k), f'{at}.{k}' if at else k)]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and any(isinstance(o, dict) for o in old):
+    lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+    if lists and any(isinstance(o, dict) for o in old):
         return [o for i,(a,b) in enumerate(zip(old, new)) for o in differences(a, b, f'{at}.{i+1}')]
     if old == new: return []
     short = lambda o: text if len(text := str(o)) < 40 else f'{text[:36]} ...'
@@ -321,7 +323,7 @@ def run_from(learn:Learner, start:int, put_back):
             learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
     learn._do_fit = do_fit
 
-# %% ../nbs/05_runs.ipynb #1c66063f
+# %% ../nbs/05_runs.ipynb #4995a692
 def explain_failure(e:BaseException) -> str: # '' for what is not known
     "What to do about the ways in which training fails for want of memory, of values to normalise, or of a process"
     said = str(e).strip()
@@ -351,7 +353,8 @@ def open_board(folder:Path, step:int): # TensorBoard's writer
 def hold_run(path:Path, lock:FileLock):
     "Keep other processes out of the folder of a run"
     try: lock.acquire(timeout=8) # the workers of a process that was killed hold its locks for up to 5 s
-    except Timeout: raise InputError(f'{path} is being written by another process: wait, or choose another name') from None
+    except Timeout:
+        raise InputError(f'{path} is being written by another process: wait, or choose another name') from None
     except OSError as e: raise InputError(f'the run folder {path} cannot be written ({e.strerror})') from None
 
 def begin(path:Path, config:dict, resume:bool, lock:FileLock) -> tuple: # (state or None, whether the run is finished)
@@ -419,7 +422,8 @@ def fine_tune(
         arch=getattr(learn, 'arch', None), made=getattr(learn, 'made', dict(opt=described(learn.opt_func))),
         cycles=cycles, monitor=monitor, average=average, patience=patience, seed=arguments.get('seed'), ranks=ranks(),
         sync_bn=sync_bn, scale_lr=rule if ranks() > 1 else None,
-        callbacks=[o.name for o in learn.cbs if o.name != 'progress'], workers=None if hasattr(dl, 'resident') else dl.fake_l.num_workers,
+        callbacks=[o.name for o in learn.cbs if o.name != 'progress'],
+        workers=None if hasattr(dl, 'resident') else dl.fake_l.num_workers,
         parameters=sum(p.numel() for p in learn.model.parameters()), versions=versions(), commit=git_commit(),
         device=describe_device(learn.dls.device), data=data))
     path,lock,refused,found = None,None,None,(None, False)
@@ -465,7 +469,8 @@ def _train(learn, config, state, cycles, lines, tensorboard, sync_bn, cbs):
         set_learner_state(learn, state['learner'])
         set_random_state(learn, state['ranks'][rank()])
     try:
-        with learn.added_cbs([recorder, keeper, *np.atleast_1d(cbs or [])]), together(learn, sync_bn), ExitStack() as stack:
+        watching = [recorder, keeper, *np.atleast_1d(cbs or [])]
+        with learn.added_cbs(watching), together(learn, sync_bn), ExitStack() as stack:
             first,start = 0,0
             if state:
                 keeper.resumed.append(len(state['rows']))
@@ -522,19 +527,20 @@ def _measured(learn, path, kinds, ds_idx=1) -> dict: # {kind of weights: {loss, 
     model.load_state_dict(now)
     return found
 
-# %% ../nbs/05_runs.ipynb #c40be8e4
+# %% ../nbs/05_runs.ipynb #e7ab4782
 def compare_runs(
     *names:str, # runs, by name or folder; none: all of them
     runs:str|Path='runs', # folder of all runs
     metric:str='accuracy' # that is drawn
 ) -> tuple: # (DataFrame indexed by run, Figure of the metric by epoch)
     "What several runs were and what came of them"
-    found = [find_run(o, runs) for o in names] or sorted(o.parent for o in Path(runs).expanduser().glob('*/history.csv'))
+    found = [find_run(o, runs) for o in names]
+    if not names: found = sorted(o.parent for o in Path(runs).expanduser().glob('*/history.csv'))
     if not found: raise InputError(f'{runs} has no run with a finished epoch')
     rows,fig = [],plt.figure(figsize=(7, 3.5), layout='constrained')
     ax = fig.add_subplot()
     for path in found:
-        if not (path/'history.csv').exists(): raise InputError(f'{path} has no history.csv: no epoch of it was finished')
+        if not (path/'history.csv').exists(): raise InputError(f'{path} has no history.csv: no epoch was finished')
         config,metrics = read_json(path/'config.json'),read_json(path/'metrics.json')
         history,best = pd.read_csv(path/'history.csv'),metrics['best']
         made = config.get('made') or {}
@@ -553,13 +559,14 @@ def compare_runs(
 
 def find_run(run:str|Path, runs:str|Path='runs') -> Path:
     "The folder of a run, by its path or its name"
-    found = next((p for p in (Path(run).expanduser(), Path(runs).expanduser()/run) if (p/'config.json').is_file()), None)
+    places = Path(run).expanduser(),Path(runs).expanduser()/run
+    found = next((p for p in places if (p/'config.json').is_file()), None)
     if found is None:
         known = sorted(p.parent.name for p in Path(runs).expanduser().glob('*/config.json'))
         raise InputError(f"there is no run {run}; {runs}/ has {', '.join(known) or 'none'}")
     return found
 
-# %% ../nbs/05_runs.ipynb #a7b06e70
+# %% ../nbs/05_runs.ipynb #a37141cd
 def _names(*functions): return {k for f in functions for k in inspect.signature(f).parameters}
 
 def run_recipe(
@@ -593,7 +600,7 @@ def run_recipe(
     if name is None:
         name = f"{Path(source or path).expanduser().resolve().name.split('.')[0]}-{r['arch']}"
         if not resume: name = free_name(name, runs)
-    run_path(name, runs, resume) if is_main() else None
+    if is_main(): run_path(name, runs, resume)
     check_schedule(r['freeze_epochs'], r['epochs'], r['base_lr'])
     check_kind(r.get('schedule', 'one_cycle'))
     check_optimizer(r.get('opt'))
