@@ -151,7 +151,7 @@ class RunRecorder(Callback):
     @property
     def history(self): return pd.DataFrame(self.rows)
 
-# %% ../nbs/05_runs.ipynb #e94d5d77
+# %% ../nbs/05_runs.ipynb #2ecff9e7
 def staged_together(folder:Path, files:dict, state:dict):
     "Write files and the state that has their fingerprints, so that a crash leaves all of the old or all of the new"
     parts = {}
@@ -253,7 +253,8 @@ class Checkpointer(Callback):
 
     def tell(self, new):
         "What people read: the table, the summary, and what is printed or drawn while the run goes on"
-        write_file(self.folder/'history.csv', self.recorded.history.to_csv(index=False).encode())
+        if self.recorded.rows:
+            write_file(self.folder/'history.csv', self.recorded.history.to_csv(index=False).encode())
         self.write_metrics('running')
         for row in new:
             if self.lines: print(json.dumps({'run': self.config['name'], **as_plain(row)}), flush=True)
@@ -323,7 +324,7 @@ def run_from(learn:Learner, start:int, put_back):
             learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
     learn._do_fit = do_fit
 
-# %% ../nbs/05_runs.ipynb #4995a692
+# %% ../nbs/05_runs.ipynb #a2372d11
 def explain_failure(e:BaseException) -> str: # '' for what is not known
     "What to do about the ways in which training fails for want of memory, of values to normalise, or of a process"
     said = str(e).strip()
@@ -433,7 +434,7 @@ def fine_tune(
             path = run_path(name, runs, resume)
             lock = FileLock(path/'.lock')
             found = begin(path, config, resume, lock)
-            if not found[1]: _recorder(learn, path, config, found[0]).write_metrics('running')
+            if not found[1]: _recorder(learn, path, config, found[0]).tell([]) # which a crash may have kept from it
     except InputError as e: refused = str(e)
     finally: hold_interrupts(False)
     refused,state,finished = gather((refused, *found))[0]
