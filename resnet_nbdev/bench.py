@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['differences', 'operations', 'in_turns', 'paired_seconds', 'ratio', 'spread', 'same_networks', 'model_seconds',
            'ceilings', 'loader_rates', 'stage_calls', 'evict', 'loader_bench', 'plot_rates', 'learner_rate',
-           'train_bench', 'imagenette_photos', 'logits_of', 'top_accuracy', 'stride_logits', 'save_result',
-           'bench_model', 'bench_strides', 'bench_data', 'bench_train', 'resnet_bench']
+           'train_bench', 'imagenette_photos', 'logits_of', 'top_accuracy', 'stride_logits', 'link_rates',
+           'allreduce_bench', 'compile_bench', 'break_even', 'save_result', 'bench_model', 'bench_strides',
+           'bench_data', 'bench_train', 'bench_allreduce', 'bench_compile', 'resnet_bench']
 
 # %% ../nbs/08_bench.ipynb #aef6a668
-import mmap, os, time
+import math, mmap, os, socket, tempfile, time
 from collections import Counter
+from copy import deepcopy
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .blocks import InputError
 from .cli import command, pick_device
 from .data import IMAGENETTE_CLASSES, check_counts, data_path, get_data, open_image
+from .distributed import is_main, join, leave, load_accelerate, ranks
 from .resident import draw_augment, homographies, resident_data, tables, warp_cv2
 from resnet_nbdev.resnet import (ResNet, check_arch, create_resnet, layer_table, resnet50, standard_names,
     torchvision_state)
@@ -342,6 +345,96 @@ def stride_logits(
     "What one set of weights says with the strides on the 1x1 convolutions (version 1) and on the 3x3 (version 1.5)"
     return {o: logits_of(resnet50(weights=weights, stride_on=o).to(device), x) for o in ('1x1', '3x3')}
 
+# %% ../nbs/08_bench.ipynb #md942c06
+def link_rates(
+    sizes:dict, # name -> (number of elements, dtype) of a tensor
+    rounds:int=20, # see `in_turns`
+    device='cpu' # from `join`
+) -> pd.DataFrame: # bytes/s: a row for each round, a column for each name
+    "How fast the ranks that have joined add up their tensors: the bytes that each must send, by the time of the sum"
+    import torch.distributed as dist
+    n,ts = ranks(),{k: torch.zeros(n, dtype=d, device=device) for k,(n,d) in sizes.items()} # zeros do not grow
+    times = paired_seconds({k: partial(dist.all_reduce, t) for k,t in ts.items()}, rounds)
+    return pd.DataFrame({k: 2*(n-1)/n*t.nbytes/times[k] for k,t in ts.items()}) # of a ring, as NCCL's tests count
+
+def _rank_alone(k, n, port, path, *args): # a process of `allreduce_bench`
+    os.environ.update(RANK=str(k), LOCAL_RANK=str(k), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
+                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    *args,device = args
+    rates = link_rates(*args, join(device))
+    if is_main(): rates.to_json(path, double_precision=15)
+    leave()
+
+def allreduce_bench(
+    parameters:int, # of the network whose gradients are added
+    rounds:int=20, # see `in_turns`
+    device='cpu' # 'cpu': two processes; 'cuda': one for each GPU of this machine
+) -> tuple: # (number of processes, bytes/s as in `link_rates`)
+    "All-reduce of gradients: by the processes that a launcher has started, or else by some that are started here"
+    check_counts(parameters=parameters, rounds=rounds)
+    load_accelerate()
+    sizes = {'bucket of 1 MB': (2**18, torch.float32), 'bucket of 25 MB': (25*2**18, torch.float32), # DDP's
+             'all gradients': (parameters, torch.float32), 'all in half precision': (parameters, torch.float16)}
+    if ranks() > 1:
+        found = link_rates(sizes, rounds, join(device))
+        leave()
+        return ranks(), found
+    n = 2 if torch.device(device).type == 'cpu' else torch.cuda.device_count()
+    if n < 2: raise InputError('a sum over processes needs two GPUs, and this machine has one')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    with tempfile.TemporaryDirectory() as tmp:
+        args = n, port, f'{tmp}/rates.json', sizes, rounds, str(torch.device(device).type)
+        from resnet_nbdev.bench import _rank_alone # the new processes cannot find that of a notebook
+        torch.multiprocessing.spawn(_rank_alone, args, nprocs=n)
+        return n, pd.read_json(f'{tmp}/rates.json')
+
+# %% ../nbs/08_bench.ipynb #md029d92
+def compile_bench(
+    arch:str='resnet18', # as in `create_resnet`
+    size:int=64, # height and width of the images in pixels
+    bs:int=64, # images in a batch
+    rounds:int=20, # see `paired_seconds`
+    device='cpu'
+) -> tuple: # (seconds of compiling, seconds of a step: a row for each round, columns eager and compiled)
+    "A training step as it is and by `torch.compile`, in turns, compiled without what earlier runs have left"
+    check_counts(size=size, bs=bs, rounds=rounds)
+    net = create_resnet(arch, 1000)
+    net.check_size(size, size)
+    x,y = torch.randn(bs, 3, size, size, device=device),torch.randint(1000, (bs,), device=device)
+    def step_of(model, run):
+        opt = torch.optim.SGD(model.parameters(), 1e-3)
+        def step():
+            opt.zero_grad()
+            torch.nn.functional.cross_entropy(run(x), y).backward()
+            opt.step()
+        return step
+    eager,other = net.to(device),deepcopy(net).to(device)
+    steps = dict(eager=step_of(eager, eager), compiled=step_of(other, torch.compile(other)))
+    before = os.environ.get('TORCHINDUCTOR_CACHE_DIR')
+    with tempfile.TemporaryDirectory() as tmp:
+        os.environ['TORCHINDUCTOR_CACHE_DIR'] = tmp
+        try:
+            start = time.perf_counter()
+            steps['compiled']()
+            _wait()
+            first = time.perf_counter() - start
+        except RuntimeError as e:
+            raise InputError(f'torch.compile does not work here ({str(e).strip().splitlines()[0]})') from e
+        finally:
+            if before is None: del os.environ['TORCHINDUCTOR_CACHE_DIR']
+            else: os.environ['TORCHINDUCTOR_CACHE_DIR'] = before
+        times = paired_seconds(steps, rounds)
+    return first - times['compiled'].median(), times
+
+def break_even(
+    seconds:float, # of compiling
+    saved:float # seconds that each step is shorter
+) -> int|None: # None: never
+    "The number of steps after which compiling has paid for itself"
+    return math.ceil(seconds/saved) if saved > 0 else None
+
 # %% ../nbs/08_bench.ipynb #7767d238
 def save_result(
     path:Path, # of a .json file
@@ -391,11 +484,26 @@ def bench_train(data, arch, presize, size, bs, rounds, workers, device, bf16):
     return (f'Images/s of training {arch}, {size}x{size}, batches of {bs}, by loader and network', values,
             dict(data=f'150 images of each class of {Path(data).name}'))
 
+def bench_allreduce(arch, rounds, device):
+    parameters = sum(p.numel() for p in create_resnet(arch, 1000).parameters())
+    n,rates = allreduce_bench(parameters, rounds, device)
+    return (f'Bytes/s that each of {n} processes sends while the gradients of {arch} are added up',
+            dict(link={k: spread(rates[k]) for k in rates}, parameters=parameters, processes=n), {})
+
+def bench_compile(arch, size, bs, rounds, device):
+    seconds,times = compile_bench(arch, size, bs, rounds, device)
+    found,saved = ratio(times, 'compiled', 'eager'),times['eager'] - times['compiled']
+    steps = break_even(seconds, saved.median()) if found['high'] < 1 else None
+    values = dict(ratio=found, saved=spread(saved), seconds=times.median().to_dict(), compile_seconds=float(seconds),
+                  break_even_steps=steps)
+    pays = 'compiled is not clearly faster here' if steps is None else f'compiling pays after {steps:,} steps'
+    return f'A training step of {arch}, {bs} images of {size}x{size}, eager and compiled: {pays}', values, {}
+
 @command
 def resnet_bench(
-    what:str, # model: a pass beside torchvision's; data: the loaders; train: both; strides: weights as v1 and v1.5
+    what:str, # model, data (loaders), train (both), strides (weights as v1 and v1.5), allreduce (processes), compile
     *,
-    arch:str='resnet34', # of model and train: a network that torchvision has too
+    arch:str='resnet34', # of all but data and strides: a network; for model and train one that torchvision has too
     size:int=224, # height and width of the images in a batch in pixels
     presize:int=460, # of data and train: side of the squares that the images are cropped from, in pixels
     bs:int=8, # images in a batch
@@ -424,7 +532,16 @@ def resnet_bench(
         said,values,facts = bench_train(data, arch, presize, size, bs, rounds, workers, device, bf16)
         name,call = f'train_{arch}_{size}',f'--data {shown} --arch {arch} --presize {presize} --size {size} --bs {bs} '
         call += f'--rounds {rounds} --workers {workers}' + ' --bf16'*bf16
-    else: raise InputError(f"unknown benchmark {what!r}: it is 'model', 'data', 'train' or 'strides'")
+    elif what == 'allreduce':
+        said,values,facts = bench_allreduce(arch, rounds, device)
+        name,call = f'allreduce_{arch}',f'--arch {arch} --rounds {rounds}'
+        if not is_main(): return
+    elif what == 'compile':
+        said,values,facts = bench_compile(arch, size, bs, rounds, device)
+        name,call = f'compile_{arch}_{size}',f'--arch {arch} --size {size} --bs {bs} --rounds {rounds}'
+    else:
+        raise InputError(f"unknown benchmark {what!r}: it is 'model', 'data', 'train', 'strides', 'allreduce' or "
+                         "'compile'")
     if device.type != 'cpu': name,call = f'{name}_{device.type}',f'{call} --device {device}'
     print(said)
     print(pd.json_normalize(values).iloc[0].to_string(float_format='{:,.4g}'.format))

@@ -179,7 +179,7 @@ def _summed(metrics): # over the ranks, in one message
         for k,values in zip(ks, zip(*parts)): setattr(m, k, reduce(add, values))
 
 class Ranks(Callback):
-    "Train with the other ranks: gradients averaged in each step, batch-norm statistics, losses and metrics each epoch"
+    "Train with the other ranks: gradients averaged in each step, batch-norm statistics and metrics after each epoch"
     order = 11 # after the model has its device, before the recorder reads a figure
     def __init__(self,
         sync_bn=False # normalise with the statistics of the global batch; for CUDA only
@@ -213,7 +213,7 @@ class Ranks(Callback):
     # different numbers of batches, and other callbacks save and look at the plain one.
     def before_batch(self):
         if not self.training: return
-        if not self.iter and len(set(gather(self.learn.dl.drawn))) > 1:
+        if not self.iter and len(set(gather(getattr(self.learn.dl, 'drawn', None)))) > 1:
             raise InputError('the processes drew different orders of the training images: give them one seed, and '
                              'draw the order from the generator of the loader')
         if self.parallel is None: self.wrap()
@@ -224,16 +224,12 @@ class Ranks(Callback):
     def after_pred(self): self._plain()
     def after_batch(self): self._plain()
 
-    def before_train(self): self.start = len(self.learn.recorder.losses)
-    def after_train(self):
+    def after_train(self): # fastai has averaged the training loss already, in each step
         if ts := _statistics(self.learn.model):
             mean = _averaged(torch.cat([t.flatten() for t in ts]))
             for t,o in zip(ts, mean.split([t.numel() for t in ts])): t.copy_(o.view_as(t))
-        r = self.learn.recorder
-        found = gather((r.smooth_loss.val, [float(o) for o in r.losses[self.start:]]))
-        r.smooth_loss.val = torch.stack([o for o,_ in found]).mean(0)
-        r.losses[self.start:] = [torch.tensor(sum(o)/len(o)) for o in zip(*[losses for _,losses in found])]
-        if r.train_metrics: _summed(r._train_mets[1:])
+        r = getattr(self.learn, 'recorder', None)
+        if r and r.train_metrics: _summed(r._train_mets[1:])
 
     def after_validate(self):
         if self._sharded() and hasattr(self.learn, 'recorder'): _summed(self.learn.recorder._valid_mets)
@@ -314,7 +310,7 @@ def epoch_cost(
     return pd.DataFrame({'compute': compute, 'all-reduce': sent, 'loader': load, 'at least': least, 'at most': most,
                          'efficiency': compute/most}, index=pd.Index(n, name='GPUs'))
 
-# %% ../nbs/05_distributed.ipynb #1fe758e3
+# %% ../nbs/05_distributed.ipynb #227f3756
 _LOST = re.compile('gloo.*(by peer|broken pipe|timed out|connect)|'
                    'nccl.*(remote ?error|remote process|abort|timeout|timed out)', re.I | re.S)
 

@@ -186,11 +186,12 @@ def test_images_smaller_than_the_strides(refused_here, folder):
 
 def test_benchmarks(refused_here, tmp_path):
     bench = lambda *args, says: refused_here('resnet_bench', *args, says=says)
-    bench('speed', says=["unknown benchmark 'speed'"])
+    bench('speed', says=["unknown benchmark 'speed'", "'model', 'data', 'train', 'strides', 'allreduce' or 'compile'"])
     bench('model', '--arch', 'cifar_resnet8', says=['torchvision has no cifar_resnet8'])
-    bench('model', '--arch', 'resnet35', says=["unknown arch 'resnet35'"])
-    bench('model', '--size', 16, says=['too small'])
-    bench('model', '--rounds', 0, says=['rounds'])
+    for o in ('model', 'allreduce', 'compile'):
+        bench(o, '--arch', 'resnet35', says=["unknown arch 'resnet35'"])
+        bench(o, '--rounds', 0, says=['rounds must be'])
+    for o in ('model', 'compile'): bench(o, '--size', 16, says=['too small'])
     bench('strides', says=['--weights'])
     for o in ('data', 'train'): bench(o, '--data', 'nowhere', says=["unknown dataset 'nowhere'"])
     (tmp_path/'a.pth').write_bytes(b'no weights')
