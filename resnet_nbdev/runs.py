@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS', 'run_path', 'free_name', 'make_run', 'versions', 'git_commit', 'describe_device', 'plot_history',
            'hold_interrupts', 'RunRecorder', 'staged_together', 'roll_forward', 'better', 'Checkpointer', 'save_figure',
            'identity', 'differences', 'refuse_other', 'read_json', 'run_from', 'explain_failure', 'check_schedule',
-           'open_board', 'hold_run', 'begin', 'fine_tune', 'compare_runs', 'find_run', 'run_recipe', 'load_run',
+           'open_board', 'hold_run', 'tidy', 'begin', 'fine_tune', 'compare_runs', 'find_run', 'run_recipe', 'load_run',
            'predict']
 
 # %% ../nbs/05_runs.ipynb #9b625441
@@ -324,7 +324,7 @@ def run_from(learn:Learner, start:int, put_back):
             learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
     learn._do_fit = do_fit
 
-# %% ../nbs/05_runs.ipynb #a2372d11
+# %% ../nbs/05_runs.ipynb #df1fe667
 def explain_failure(e:BaseException) -> str: # '' for what is not known
     "What to do about the ways in which training fails for want of memory, of values to normalise, or of a process"
     said = str(e).strip()
@@ -358,6 +358,11 @@ def hold_run(path:Path, lock:FileLock):
         raise InputError(f'{path} is being written by another process: wait, or choose another name') from None
     except OSError as e: raise InputError(f'the run folder {path} cannot be written ({e.strerror})') from None
 
+def tidy(path:Path):
+    "Remove what only an unfinished run needs"
+    (path/'state.safetensors').unlink(missing_ok=True)
+    shutil.rmtree(path/'recent', ignore_errors=True)
+
 def begin(path:Path, config:dict, resume:bool, lock:FileLock) -> tuple: # (state or None, whether the run is finished)
     "Make or find the folder of a run, and read where it stands"
     if not (resume and path.exists()):
@@ -369,7 +374,9 @@ def begin(path:Path, config:dict, resume:bool, lock:FileLock) -> tuple: # (state
     old = read_json(path/'config.json') if (path/'config.json').exists() else {}
     if old: refuse_other(path, identity(old), identity(config))
     else: write_json(path/'config.json', config) # a crash came before it was written
-    if (path/'metrics.json').exists() and read_json(path/'metrics.json').get('status') == 'finished': return None, True
+    if (path/'metrics.json').exists() and read_json(path/'metrics.json').get('status') == 'finished':
+        tidy(path) # a crash may have come before it
+        return None, True
     if not (path/'state.safetensors').exists():
         if (path/'last.safetensors').exists():
             raise InputError(f'{path} has no state.safetensors to go on from: start a new run with its '
@@ -507,8 +514,7 @@ def _train(learn, config, state, cycles, lines, tensorboard, sync_bn, cbs):
             save_figure(plot_predictions(learn), path/'predictions.png')
         keeper.write_metrics('finished', **(dict(average=averaged) if averaged else {}),
                              **(dict(test=tested) if tested else {}))
-        (path/'state.safetensors').unlink(missing_ok=True)
-        shutil.rmtree(path/'recent', ignore_errors=True)
+        tidy(path)
     return learn
 
 def _end(keeper, status): # a full disk must not hide what went wrong first
