@@ -338,14 +338,15 @@ VARIANTS = dict(
     patience=(dict(patience=1, epochs=12, base_lr=0.3), [('training 2', 2), ('after replace state.safetensors', 2)]),
     sgd=(dict(opt='sgd', clip=1., max_norm=3.), [('training 3', 3)]),
     rmsprop=(dict(opt='rmsprop'), [('training 3', 3)]),
-    ranger=(dict(opt='ranger', schedule='flat'), [('training 3', 3)]),
+    ranger=(dict(opt='ranger'), [('training 3', 3)]),
+    flat=(dict(schedule='flat'), [('training 2', 4), ('training 3', 3)]),
     stock=(STOCK, [('training 2', 3), ('validation 3', 1)]),
     workers=(dict(resident=False, workers=2), [('training 2', 3), ('validation 3', 1)]),
     flat_cos=(dict(schedule='flat_cos', label_smoothing=0.1, wd=0.1), [('training 3', 3)]),
     progressive=(dict(progressive='8,16', epochs=4), [('training 3', 2), ('training 5', 1)]),
     gradual=(dict(plan='gradual', epochs=1), [BETWEEN, BETWEEN, ('before replace state.safetensors', 1), BETWEEN]),
     frozen=(dict(plan='head', bn='frozen', top_k=3, monitor='valid_loss'), [BETWEEN, ('training 3', 3)]))
-QUICK = 'average', 'accumulate', 'patience', 'workers', 'gradual'
+QUICK = 'average', 'accumulate', 'patience', 'ranger', 'workers', 'gradual'
 
 
 @pytest.mark.parametrize('variant', [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in VARIANTS])
@@ -960,7 +961,7 @@ else:
 
 
 @pytest.mark.parametrize('value', [object(), {1, 2}, {'a': [print]}, b'bytes', 1j, np.array(['text']), np.array([None]),
-                                   np.datetime64('2020-01-01'), {(1, 2): 3}], ids=repr)
+                                   np.datetime64('2020-01-01'), {(1, 2): 3}], ids=lambda o: type(o).__name__)
 def test_what_cannot_be_stored_is_refused(value):
     with pytest.raises(InputError, match='not stored'): state_file({'here': value})
 
