@@ -7,19 +7,19 @@ __all__ = ['stage_file', 'write_file', 'as_plain', 'write_json', 'pack', 'unpack
            'file_sha', 'state_file', 'read_state', 'random_state', 'set_random_state', 'learner_state',
            'set_learner_state']
 
-# %% ../nbs/05_checkpoints.ipynb #1be7e333
+# %% ../nbs/05_checkpoints.ipynb #02f95fc7
 import hashlib, json, math, os, random
 from pathlib import Path
 
 import numpy as np, torch
-from fastai.vision.all import (EarlyStoppingCallback, GradientAccumulation, Learner, OptimWrapper, ReduceLROnPlateau,
-    TrackerCallback)
+from fastai.vision.all import (EarlyStoppingCallback, GradientAccumulation, L, Learner, Lookahead, OptimWrapper,
+    ReduceLROnPlateau, TrackerCallback)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from .blocks import InputError
 from .learner import bare
 
-# %% ../nbs/05_checkpoints.ipynb #93efdade
+# %% ../nbs/05_checkpoints.ipynb #779cf22a
 def stage_file(path:Path, content:bytes) -> Path: # the file beside it
     "Write `content` to the disk beside `path`, ready to take its name"
     part = path.with_name(f'.{path.name}.part')
@@ -34,8 +34,8 @@ def stage_file(path:Path, content:bytes) -> Path: # the file beside it
         raise
     return part
 
-def _name_file(e, path): # a full disk does not say where
-    if isinstance(e, OSError) and not e.filename: e.filename = str(path)
+def _name_file(e, path): # a full disk does not say where, and people know nothing of parts
+    if isinstance(e, OSError): e.filename = str(path)
 
 def write_file(path:Path, content:bytes):
     "Write a file so that at any instant, a crash included, there is the old one or the new one and never a part"
@@ -58,17 +58,19 @@ def write_json(path:Path, content:dict):
     "Write a dictionary as readable JSON; a value that JSON has no number for becomes null"
     write_file(path, (json.dumps(as_plain(content), indent=2) + '\n').encode())
 
-# %% ../nbs/05_checkpoints.ipynb #05737255
+# %% ../nbs/05_checkpoints.ipynb #10fbf39a
 def pack(o, tensors:dict, at:str='') -> object: # a value for JSON; tensors and arrays are moved into `tensors`
     "Dictionaries, lists, tuples, numbers, texts, tensors and arrays as JSON and tensors"
     if isinstance(o, np.generic): o = o.item()
     if o is None or isinstance(o, (bool, int, float, str)): return o
-    if isinstance(o, (torch.Tensor, np.ndarray)):
-        tensor = isinstance(o, torch.Tensor)
-        t = o.detach().cpu() if tensor else torch.from_numpy(np.ascontiguousarray(o))
-        tensors[at or '.'] = t.as_subclass(torch.Tensor).clone(memory_format=torch.contiguous_format)
-        return {'tensor' if tensor else 'array': at or '.'}
-    if isinstance(o, dict): return {'dict': [[k, pack(v, tensors, f'{at}.{k}')] for k,v in o.items()]}
+    try: t = torch.from_numpy(np.array(o, order='C')) if isinstance(o, np.ndarray) else o
+    except TypeError: t = None # an array of texts or objects
+    if isinstance(t, torch.Tensor):
+        name = f'{len(tensors)}{at}' # the number, because a key may have dots in it
+        tensors[name] = t.detach().cpu().as_subclass(torch.Tensor).clone(memory_format=torch.contiguous_format)
+        return {'array' if isinstance(o, np.ndarray) else 'tensor': name}
+    if isinstance(o, dict) and all(k is None or isinstance(k, (bool, int, float, str)) for k in o):
+        return {'dict': [[k, pack(v, tensors, f'{at}.{k}')] for k,v in o.items()]}
     if isinstance(o, (list, tuple)) or type(o).__name__ == 'L':
         items = [pack(v, tensors, f'{at}.{i}') for i,v in enumerate(o)]
         return {'tuple': items} if isinstance(o, tuple) else items
@@ -81,7 +83,9 @@ def unpack(o, tensors:dict):
     (kind,v), = o.items()
     if kind == 'dict': return {k: unpack(w, tensors) for k,w in v}
     if kind == 'tuple': return tuple(unpack(w, tensors) for w in v)
-    return tensors[v] if kind == 'tensor' else tensors[v].numpy()
+    if kind == 'array': return tensors[v].numpy()
+    if kind != 'tensor': raise ValueError(kind)
+    return tensors[v]
 
 def digest(text:str, tensors:dict) -> str: # hexadecimal SHA-256
     "A fingerprint of a text and of tensors with their names, types and shapes"
@@ -126,15 +130,17 @@ def file_sha(path:Path) -> str|None: # as in `digest`; None if there is no such 
 def state_file(state) -> bytes:
     "A file for a nested value: see `pack`"
     tensors = {}
-    about = pack(state, tensors)
+    about = dict(state=pack(state, tensors))
     return tensor_file(tensors, about)
 
 def read_state(path:Path):
     "The nested value in a file"
     tensors,about = read_tensor_file(path)
-    return unpack(about, tensors)
+    try: return unpack(about['state'], tensors)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError(f'{path} does not hold the state of a training') from None
 
-# %% ../nbs/05_checkpoints.ipynb #3f308222
+# %% ../nbs/05_checkpoints.ipynb #395ee2aa
 _MEMORY = {TrackerCallback: ('best', 'new_best'), EarlyStoppingCallback: ('best', 'new_best', 'wait'),
            ReduceLROnPlateau: ('best', 'new_best', 'wait'), GradientAccumulation: ('count',)}
 
@@ -168,6 +174,7 @@ def learner_state(learn:Learner) -> dict:
     return dict(model=bare(learn.model).state_dict(), callbacks=memory,
                 optimizer=opt.opt.state_dict() if wrapped else [opt.state[p] for p,*_ in opt.all_params()],
                 hypers=[dict(o) for o in opt.hypers],
+                lookahead=(opt.count, opt.slow_weights) if isinstance(opt, Lookahead) else None,
                 grads=[p.grad for p,*_ in opt.all_params()] if waiting else None,
                 scaler=scaler.state_dict() if scaler is not None else None,
                 smooth_loss=dict(val=smooth.val, count=smooth.count))
@@ -183,6 +190,9 @@ def set_learner_state(learn:Learner, state:dict):
         for (p,*_),saved in zip(found, state['optimizer'], strict=True):
             opt.state[p] = {k: _beside(p, v) for k,v in saved.items()}
     for mine,saved in zip(opt.hypers, state['hypers'], strict=True): mine.update(saved)
+    if isinstance(opt, Lookahead):
+        opt.count,slow = state['lookahead']
+        opt.slow_weights = slow and L(L(_beside(p, v) for p,v in zip(ps, vs)) for ps,vs in zip(opt.param_lists, slow))
     if state['grads'] is not None:
         for (p,*_),g in zip(found, state['grads'], strict=True): p.grad = None if g is None else _beside(p, g)
     if state['scaler'] is not None and getattr(learn, 'scaler', None) is not None:

@@ -9,9 +9,9 @@ __all__ = ['WEIGHTS', 'run_path', 'free_name', 'make_run', 'versions', 'git_comm
            'open_board', 'hold_run', 'tidy', 'begin', 'fine_tune', 'compare_runs', 'find_run', 'run_recipe', 'load_run',
            'predict']
 
-# %% ../nbs/05_runs.ipynb #9b625441
-import inspect, json, math, os, platform, shutil, signal, subprocess, time
-from contextlib import ExitStack
+# %% ../nbs/05_runs.ipynb #4e967864
+import inspect, io, json, math, os, platform, shutil, signal, subprocess, time
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import fields
 from datetime import datetime, timezone
 from importlib import metadata
@@ -117,7 +117,7 @@ def plot_history(
         for o in history.groupby('cycle').epoch.max().iloc[:-1]: ax.axvline(o + 0.5, color='grey', ls=':')
     return fig
 
-# %% ../nbs/05_runs.ipynb #b871eada
+# %% ../nbs/05_runs.ipynb #98cfd31b
 def hold_interrupts(hold:bool):
     "Let Ctrl-C wait while worker processes are forked, where Python can lose it, and keep it from the workers for good"
     if hasattr(signal, 'pthread_sigmask'): # not on Windows
@@ -133,7 +133,7 @@ class RunRecorder(Callback):
     def before_epoch(self): self.start,self.images = time.perf_counter(),0
     def after_loss(self):
         if self.training and not torch.isfinite(self.learn.loss).all():
-            raise InputError(f'the loss is {float(self.learn.loss.mean())} in epoch {len(self.rows)+1}, batch '
+            raise InputError(f'the loss is {float(self.learn.loss.detach().mean())} in epoch {len(self.rows)+1}, batch '
                              f"{self.iter+1}, at a learning rate of {self.opt.hypers[-1]['lr']:.2g}")
     def after_batch(self):
         if self.training: self.images += len(self.xb[0])*ranks()
@@ -151,7 +151,7 @@ class RunRecorder(Callback):
     @property
     def history(self): return pd.DataFrame(self.rows)
 
-# %% ../nbs/05_runs.ipynb #2ecff9e7
+# %% ../nbs/05_runs.ipynb #54ce1d6d
 def staged_together(folder:Path, files:dict, state:dict):
     "Write files and the state that has their fingerprints, so that a crash leaves all of the old or all of the new"
     parts = {}
@@ -172,7 +172,9 @@ def roll_forward(folder:Path, files:dict):
     for name,sha in files.items():
         path = folder/name
         part = path.with_name(f'.{path.name}.part')
-        if file_sha(path) == sha: continue
+        if file_sha(path) == sha:
+            read_tensor_file(path) # which looks at every byte
+            continue
         if file_sha(part) != sha:
             raise InputError(f'{path} is missing or not the file that this run wrote: put it back to go on')
         os.replace(part, path)
@@ -256,11 +258,23 @@ class Checkpointer(Callback):
         if self.recorded.rows:
             write_file(self.folder/'history.csv', self.recorded.history.to_csv(index=False).encode())
         self.write_metrics('running')
-        for row in new:
-            if self.lines: print(json.dumps({'run': self.config['name'], **as_plain(row)}), flush=True)
-            if self.board is None: continue
+        if self.lines:
+            for row in new: print(json.dumps({'run': self.config['name'], **as_plain(row)}), flush=True)
+        self.draw(new)
+
+    def draw(self, rows):
+        "Hand rows to TensorBoard, if it is wanted"
+        if self.board is None: return
+        for row in rows:
             for k in row.keys() - {'epoch', 'cycle'}: self.board.add_scalar(k, row[k], row['epoch'])
-            self.board.flush()
+        self.board.flush()
+
+    def catch_up(self):
+        "Tell what a crash has kept from being told, and the whole of it to TensorBoard, which forgets what it had"
+        rows,table = self.recorded.rows,self.folder/'history.csv'
+        told = len(table.read_text().splitlines()) - 1 if table.exists() else 0
+        self.draw(rows[:told])
+        self.tell(rows[told:])
 
     def write_metrics(self, status, **more):
         rows,cycles = self.recorded.rows[:self.done],self.config['cycles']
@@ -276,9 +290,11 @@ class Checkpointer(Callback):
 WEIGHTS = 'best', 'last', 'average'
 
 def save_figure(fig:plt.Figure, path:Path):
-    "Write a figure as a file and close it"
-    fig.savefig(path, dpi=100)
+    "Write a figure as a PNG file and close it"
+    image = io.BytesIO()
+    fig.savefig(image, dpi=100)
     plt.close(fig)
+    write_file(path, image.getvalue())
 
 # %% ../nbs/05_runs.ipynb #ed5e25ef
 def identity(config:dict) -> dict:
@@ -324,7 +340,7 @@ def run_from(learn:Learner, start:int, put_back):
             learn._with_events(learn._do_epoch, 'epoch', CancelEpochException)
     learn._do_fit = do_fit
 
-# %% ../nbs/05_runs.ipynb #df1fe667
+# %% ../nbs/05_runs.ipynb #f61deac2
 def explain_failure(e:BaseException) -> str: # '' for what is not known
     "What to do about the ways in which training fails for want of memory, of values to normalise, or of a process"
     said = str(e).strip()
@@ -441,23 +457,24 @@ def fine_tune(
             path = run_path(name, runs, resume)
             lock = FileLock(path/'.lock')
             found = begin(path, config, resume, lock)
-            if not found[1]: _recorder(learn, path, config, found[0]).tell([]) # which a crash may have kept from it
+            if not found[1]: _recorder(learn, path, config, found[0]).write_metrics('running')
     except InputError as e: refused = str(e)
+    except OSError as e: refused = f'{e.filename} could not be written ({e.strerror})'
     finally: hold_interrupts(False)
     refused,state,finished = gather((refused, *found))[0]
     try:
         if refused: raise InputError(refused)
         learn.run_path = Path(runs).expanduser()/name
-        if finished: return _load_last(learn)
+        if finished: return _load_last(learn, json_lines)
         return _train(learn, config, state, cycles, json_lines, tensorboard, sync_bn, cbs)
     finally:
         if lock is not None and lock.is_locked:
             lock.release()
-            (path/'.lock').unlink(missing_ok=True)
+            with suppress(OSError): (path/'.lock').unlink()
 
-def _load_last(learn):
+def _load_last(learn, quiet):
     metrics = read_json(learn.run_path/'metrics.json')
-    if is_main(): print(f"{learn.run_path} is finished: {metrics['epochs']} epochs")
+    if is_main() and not quiet: print(f"{learn.run_path} is finished: {metrics['epochs']} epochs")
     if isinstance(bare(learn.model), ResNet):
         load_weights(learn.model, read_tensor_file(learn.run_path/'last.safetensors')[0], strict=True)
     return learn
@@ -470,13 +487,14 @@ def _recorder(learn, path, config, state, lines=False, board=None):
 
 def _train(learn, config, state, cycles, lines, tensorboard, sync_bn, cbs):
     path = learn.run_path
-    board = open_board(path, len(state['rows'])+1 if state else 0) if tensorboard and is_main() else None
+    board = open_board(path, 1) if tensorboard and is_main() else None
     keeper = _recorder(learn, path, config, state, lines, board)
     recorder = keeper.recorded
     def put_back():
         set_learner_state(learn, state['learner'])
         set_random_state(learn, state['ranks'][rank()])
     try:
+        if is_main() and state: keeper.catch_up()
         watching = [recorder, keeper, *np.atleast_1d(cbs or [])]
         with learn.added_cbs(watching), together(learn, sync_bn), ExitStack() as stack:
             first,start = 0,0
@@ -507,15 +525,23 @@ def _train(learn, config, state, cycles, lines, tensorboard, sync_bn, cbs):
     finally:
         if board is not None: board.close()
     if is_main():
-        with alone():
-            averaged,tested = _measured(learn, path, ['average']).get('average'),{}
-            if len(learn.dls.loaders) > 2: tested = _measured(learn, path, WEIGHTS, 2)
-            if recorder.rows: save_figure(plot_history(recorder.history), path/'curves.png')
-            save_figure(plot_predictions(learn), path/'predictions.png')
-        keeper.write_metrics('finished', **(dict(average=averaged) if averaged else {}),
-                             **(dict(test=tested) if tested else {}))
-        tidy(path)
+        try: _finish(learn, keeper)
+        except OSError as e:
+            raise InputError(f'{e.filename} could not be written ({e.strerror}); all epochs are done, and resume '
+                             'writes what is missing') from e
     return learn
+
+def _finish(learn, keeper):
+    path = learn.run_path
+    with alone():
+        averaged,tested = _measured(learn, path, ['average']).get('average'),{}
+        if len(learn.dls.loaders) > 2: tested = _measured(learn, path, WEIGHTS, 2)
+        if keeper.recorded.rows: save_figure(plot_history(keeper.recorded.history), path/'curves.png')
+        save_figure(plot_predictions(learn), path/'predictions.png')
+    files = {k: v for k,v in keeper.files.items() if '/' not in k}
+    keeper.write_metrics('finished', files=files, **(dict(average=averaged) if averaged else {}),
+                         **(dict(test=tested) if tested else {}))
+    tidy(path)
 
 def _end(keeper, status): # a full disk must not hide what went wrong first
     try:
@@ -573,7 +599,7 @@ def find_run(run:str|Path, runs:str|Path='runs') -> Path:
         raise InputError(f"there is no run {run}; {runs}/ has {', '.join(known) or 'none'}")
     return found
 
-# %% ../nbs/05_runs.ipynb #a37141cd
+# %% ../nbs/05_runs.ipynb #62b5b715
 def _names(*functions): return {k for f in functions for k in inspect.signature(f).parameters}
 
 def run_recipe(
@@ -618,11 +644,12 @@ def run_recipe(
     device = join(device)
     set_seed(seed)
     kw = dict({k: r[k] for k in for_data if k in r}, path=path, num_workers=r.get('workers'), device=device)
-    if r.get('resident'):
-        from resnet_nbdev.resident import resident_data
-        dls = resident_data(source or path, kw.pop('resize', None), **kw)
-    else: dls = get_data(source or path, **kw)
-    learn = resnet_learner(dls, **{**{k: r[k] for k in for_learner if k in r}, 'plan': plan})
+    with redirect_stdout(io.StringIO()) if json_lines else ExitStack():
+        if r.get('resident'):
+            from resnet_nbdev.resident import resident_data
+            dls = resident_data(source or path, kw.pop('resize', None), **kw)
+        else: dls = get_data(source or path, **kw)
+        learn = resnet_learner(dls, **{**{k: r[k] for k in for_learner if k in r}, 'plan': plan})
     info,start = dls.info,f"with {described(r['weights'])} weights" if r.get('weights') else 'from scratch'
     with ExitStack() as quiet:
         if json_lines: quiet.enter_context(learn.no_bar()),quiet.enter_context(learn.no_logging())
@@ -632,7 +659,7 @@ def run_recipe(
         return fine_tune(learn, name, resume=resume, runs=runs, json_lines=json_lines, tensorboard=tensorboard,
                          arguments={**r, 'seed': seed, 'device': str(device)}, **{k: r[k] for k in for_run if k in r})
 
-# %% ../nbs/05_runs.ipynb #8f9b3bcc
+# %% ../nbs/05_runs.ipynb #6faa7020
 def load_run(
     run:str|Path, # folder of a run, or its name
     weights:str='best', # 'best', 'last' or 'average'
@@ -652,6 +679,9 @@ def load_run(
         raise InputError(f"{path} has no {weights}.safetensors: "
                          f"{'it has ' + ', '.join(there) if there else 'no epoch of it was finished'}")
     tensors,about = read_tensor_file(file)
+    written = read_json(path/'metrics.json').get('files') if (path/'metrics.json').exists() else None # by a finished run
+    if written and file_sha(file) != written.get(file.name):
+        raise InputError(f'{file} was exchanged: it is not the file that this run wrote')
     for k,want in dict(kind=weights, arch=config['arch'], vocab=data['vocab']).items():
         if about.get(k) != want: raise InputError(f'{file} was exchanged: its {k} is not that of this run')
     plan = made.get('plan') or {}

@@ -300,6 +300,7 @@ def serve_demo(
     fonts = dict(font=['system-ui', 'sans-serif'], font_mono=['ui-monospace', 'monospace']) # nothing is fetched
     app = gr.mount_gradio_app(fastapi.FastAPI(openapi_url=None), page, '/', theme=gr.themes.Default(**fonts),
                               footer_links=[], css=PAGE_STYLE, ssr_mode=False, mcp_server=False, max_file_size='50mb')
+    page.has_launched = page.is_running = True # until then gradio takes any path for an uploaded file
     at = f'[{host}]' if ':' in host else host
     print(f'Open http://{at}:{listening.getsockname()[1]} in a browser; Ctrl-C ends it', flush=True)
     server = uvicorn.Server(uvicorn.Config(app, log_level='critical', timeout_graceful_shutdown=1))
