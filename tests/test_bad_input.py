@@ -198,6 +198,16 @@ def test_benchmarks(refused_here, tmp_path):
     bench('strides', '--weights', 'a.pth', '--data', tmp_path, says=[tmp_path, 'no .JPEG files'])
 
 
+@pytest.mark.slow
+def test_compiled(refused, run_cli, tmp_path):
+    "Without a compiler it says so; with one the figures are written"
+    call = ('resnet_bench', 'compile', '--arch', 'cifar_resnet8', '--size', 16, '--bs', 4, '--rounds', 2)
+    refused(*call, says=['torch.compile does not work here', 'compiler'], CXX='/nowhere/g++')
+    done = run_cli(*call, '--out', '.', timeout=600)
+    values = json.loads((tmp_path/'compile_cifar_resnet8_16.json').read_text())['values']
+    assert done.returncode == 0 and values['compile_seconds'] > 1 and set(values['seconds']) == {'eager', 'compiled'}
+
+
 def test_data_command(refused_here, run_here, folder, tmp_path):
     "What resnet_data refuses, and what it says of a set"
     refused_here('resnet_data', 'look', says=["unknown action 'look'", "'list', 'get' or 'check'"])
