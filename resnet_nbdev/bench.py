@@ -7,7 +7,7 @@ __all__ = ['differences', 'operations', 'in_turns', 'paired_seconds', 'ratio', '
            'ceilings', 'loader_rates', 'stage_calls', 'evict', 'loader_bench', 'plot_rates', 'learner_rate',
            'train_bench', 'imagenette_photos', 'logits_of', 'top_accuracy', 'stride_logits', 'link_rates',
            'allreduce_bench', 'compile_bench', 'break_even', 'save_result', 'bench_model', 'bench_strides',
-           'bench_data', 'bench_train', 'bench_allreduce', 'bench_compile', 'resnet_bench']
+           'bench_data', 'bench_train', 'bench_allreduce', 'bench_compile', 'resnet_bench', 'save_run']
 
 # %% ../nbs/08_bench.ipynb #aef6a668
 import math, mmap, os, socket, tempfile, time
@@ -26,9 +26,8 @@ from .cli import command, pick_device
 from .data import IMAGENETTE_CLASSES, check_counts, data_path, get_data, open_image
 from .distributed import is_main, join, leave, load_accelerate, ranks
 from .resident import draw_augment, homographies, resident_data, tables, warp_cv2
-from resnet_nbdev.resnet import (ResNet, check_arch, create_resnet, layer_table, resnet50, standard_names,
-    torchvision_state)
-from .runs import describe_device, git_commit, versions, write_json
+from .resnet import ResNet, check_arch, create_resnet, layer_table, resnet50, standard_names
+from .runs import describe_device, find_run, git_commit, read_json, versions, write_json
 
 # %% ../nbs/08_bench.ipynb #2f242cfb
 def differences(
@@ -547,3 +546,26 @@ def resnet_bench(
     print(pd.json_normalize(values).iloc[0].to_string(float_format='{:,.4g}'.format))
     if note: facts['note'] = note
     if out: save_result(Path(out)/f'{name}.json', said, values, f'resnet_bench {what} {call}', device, **facts)
+
+# %% ../nbs/08_bench.ipynb #6bc9111b
+def save_run(
+    run:str|Path, # folder of a finished run, or its name
+    path:Path, # of a .json file
+    runs:str|Path='runs', # folder of all runs
+    **facts # whatever else a reader has to know, such as the data and how it differs from the official set
+):
+    "Write what came of a run with its conditions, all from its own folder"
+    folder = find_run(run, runs)
+    config,metrics = read_json(folder/'config.json'),read_json(folder/'metrics.json')
+    history = pd.read_csv(folder/'history.csv')
+    short = lambda k, v: Path(v).name if k in ('data', 'weights', 'source') and v else v
+    used = {k: short(k, v) for k,v in config['arguments'].items()}
+    flags = ' '.join(f'--{k}' if v is True else f'--{k} {v}' for k,v in used.items()
+                     if k != 'source' and v not in (None, False))
+    values = {k: metrics[k] for k in ('best', 'last', 'average', 'test', 'monitor', 'seconds') if k in metrics}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, dict(what=f"{config['arch']} on {Path(str(used['source'])).name}, by the plan and schedule of the "
+                               'run', values=dict(values, history=history.to_dict('list'), cycles=config['cycles']),
+                          **facts, images={k: config['data'][k] for k in ('train', 'val', 'test')},
+                          command=f"resnet_fine_tune {used['source']} {flags}", commit=config['commit'],
+                          device=config['device'], versions=config['versions'], date=config['created'][:10]))
