@@ -26,7 +26,8 @@ from .cli import command, pick_device
 from .data import IMAGENETTE_CLASSES, check_counts, data_path, get_data, open_image
 from .distributed import is_main, join, leave, load_accelerate, ranks
 from .resident import draw_augment, homographies, resident_data, tables, warp_cv2
-from .resnet import ResNet, check_arch, create_resnet, layer_table, resnet50, standard_names
+from resnet_nbdev.resnet import (ResNet, check_arch, create_resnet, layer_table, resnet50, standard_names,
+    torchvision_state)
 from .runs import describe_device, find_run, git_commit, read_json, versions, write_json
 
 # %% ../nbs/08_bench.ipynb #2f242cfb

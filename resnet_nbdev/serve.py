@@ -12,7 +12,7 @@ from contextlib import suppress
 from html import escape
 from pathlib import Path
 
-import numpy as np, torch
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load
@@ -159,7 +159,8 @@ def export_model(
     net,side,step = Normalised(model, about['mean'], about['std']).eval(),about['resize'],about['smallest']
     if to == 'pt2':
         about = dict(about, smallest=step + 1) # a last map of 1x1 would need a graph of its own
-        if side <= step: raise InputError(f'a pt2 file takes images of more than {step} pixels, and this run has {side}')
+        if side <= step:
+            raise InputError(f'a pt2 file takes images of more than {step} pixels, and this run has {side}')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # of an exporter that is to be replaced, and of buffers that are not written to
         try: content = make(net, about)
