@@ -116,7 +116,8 @@ def read_tensor_file(
         sha = about.pop('sha256')
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         why = 'it does not exist' if isinstance(e, FileNotFoundError) else ' '.join(str(e).split()) or type(e).__name__
-        raise InputError(f'{path} is no whole file of this project ({why})') from None
+        raise InputError(f'{path} is not a readable .safetensors file: it is no whole file of this project '
+                         f'({why})') from None
     if digest(json.dumps(about), tensors) != sha:
         raise InputError(f'{path} is damaged: its content is not what was written')
     return tensors, about

@@ -6,7 +6,7 @@
 __all__ = ['PLANS', 'OPTIMIZERS', 'SCHEDULES', 'RECIPES', 'stage_groups', 'build_network', 'Plan', 'find_plan', 'resnet_learner',
            'check_optimizer', 'described', 'top_accuracy_of', 'bare', 'ema_rule', 'WeightAverage', 'MaxNorm',
            'ProgressiveSize', 'pick_precision', 'training_tools', 'group_names', 'group_rates', 'check_kind',
-           'plan_cycles', 'run_cycle', 'plan_table', 'changed', 'find_recipe', 'plot_predictions']
+           'check_shape', 'plan_cycles', 'run_cycle', 'plan_table', 'changed', 'find_recipe', 'plot_predictions']
 
 # %% ../nbs/04_learner.ipynb #8481924b
 from collections import OrderedDict
@@ -84,6 +84,7 @@ class Plan:
     dropout:float = 0. # as in `build_network`
 
     def __post_init__(self):
+        if not self.cycles: raise InputError('a plan needs one cycle or more')
         if self.bn not in ('train', 'frozen'): raise InputError(f"bn is 'train' or 'frozen', not {self.bn!r}")
         if self.groups not in ('one', 'stages'): raise InputError(f"groups is 'one' or 'stages', not {self.groups!r}")
 
@@ -149,7 +150,7 @@ def resnet_learner(
     if isinstance(model, ResNet):
         for o in filter(None, (size, *progressive)): model.check_size(o, o)
     cbs,loss = training_tools(dls.device or 'cpu', mixup, cutmix, clip, accumulate, precision, channels_last, ema,
-                              max_norm, progressive, label_smoothing, plan.bn)
+                              max_norm, progressive, label_smoothing, plan.bn, wd)
     check_optimizer(opt)
     splitter = stage_groups if plan.groups == 'stages' else trainable_params
     metrics = [accuracy] + ([top_accuracy_of(top_k, len(dls.vocab))] if top_k else [])
@@ -202,7 +203,8 @@ class WeightAverage(Callback):
     def before_fit(self):
         if self.average is None:
             self.average = AveragedModel(bare(self.model), multi_avg_fn=ema_rule(self.decay), use_buffers=True)
-    def after_step(self): self.average.update_parameters(bare(self.model))
+    def after_step(self):
+        if not hasattr(self.learn, 'lr_finder'): self.average.update_parameters(bare(self.model))
     @property
     def model_average(self) -> nn.Module: return self.average.module
     def state_dict(self): return self.average.state_dict()
@@ -242,12 +244,18 @@ def pick_precision(precision:str, device) -> str: # 'fp32', 'bf16' or 'fp16'
     return ('bf16' if has_bf16 else 'fp16') if precision == 'auto' else precision
 
 def training_tools(device='cpu', mixup=0, cutmix=0, clip=0, accumulate=0, precision='fp32', channels_last=False, ema=0,
-                   max_norm=0, progressive=(), label_smoothing=0, bn='train') -> tuple: # (callbacks, loss function)
+                   max_norm=0, progressive=(), label_smoothing=0, bn='train',
+                   wd=None) -> tuple: # (callbacks, loss function)
     "fastai's callbacks and ours for the options of `resnet_learner`"
-    limits = {**dict.fromkeys(('mixup', 'cutmix', 'clip', 'accumulate', 'max_norm'), np.inf), 'ema': 1, 'label_smoothing': 1}
+    limits = {**dict.fromkeys(('mixup', 'cutmix', 'clip', 'accumulate', 'max_norm'), np.inf),
+              'ema': 1, 'label_smoothing': 1}
     for k,top in limits.items():
         if not 0 <= (v := locals()[k]) < top:
             raise InputError(f"{k} must be at least 0{f' and below {top}' if top == 1 else ''}, and is {v}")
+    if wd is not None and not 0 <= wd < np.inf: raise InputError(f'wd must be at least 0, and is {wd}')
+    for o in progressive:
+        if not isinstance(o, (int, np.integer)) or o < 1:
+            raise InputError(f'progressive must be whole numbers of at least 1, and has {o}')
     if mixup and cutmix: raise InputError('mixup and cutmix each mix the whole batch: choose one of them')
     precision = pick_precision(precision, device)
     cbs = [*([BnFreeze()] if bn == 'frozen' else []), *([ChannelsLast()] if channels_last else []),
@@ -279,6 +287,13 @@ def check_kind(kind:str):
     "Raise `InputError` for a name that is not in `SCHEDULES`"
     if kind not in SCHEDULES: raise InputError(f"unknown schedule {kind!r}: it is one of {', '.join(SCHEDULES)}")
 
+def check_shape(pct_start=None, div=5., spread=None):
+    "Raise `InputError` for numbers of a schedule that cannot be meant"
+    if pct_start is not None and not 0 <= pct_start <= 1:
+        raise InputError(f'pct_start must lie between 0 and 1, and is {pct_start}')
+    for k,v in (('div', div), *(('lr_mult', o) for o in np.atleast_1d(1 if spread is None else spread))):
+        if not 0 < v < np.inf: raise InputError(f'{k} must be a positive number, and is {v}')
+
 def plan_cycles(
     learn:Learner, # from `resnet_learner`, or any other
     freeze_epochs:int=3, # epochs of each cycle before the last; 0: the last cycle only
@@ -291,22 +306,26 @@ def plan_cycles(
 ) -> list: # of dictionaries: trains_from, epochs, rates, kind, pct_start, div
     "The cycles of a run as plain values"
     check_kind(kind)
+    check_shape(pct_start, div, spread)
     plan,n = getattr(learn, 'plan', PLANS['discriminative']),len(group_names(learn))
     spread = plan.spread if spread is None else spread
     cycles = []
     for i,first in enumerate(plan.cycles):
         last = i == len(plan.cycles) - 1
+        opening = not i and not last
         if not last and not freeze_epochs: continue
         first = max(first + n, 0) if first < 0 else min(first, n-1)
-        rates = group_rates(base_lr/2, spread, n) if i else [base_lr/10]*(n-1) + [base_lr]
+        rates = group_rates(base_lr/2, spread, n) if not opening else [base_lr/10]*(n-1) + [base_lr]
         start = (0.3 if kind == 'one_cycle' else 0.75) if pct_start is None else pct_start
         cycles.append(dict(trains_from=first, epochs=epochs if last else freeze_epochs, rates=rates, kind=kind,
-                           pct_start=start if i or kind != 'one_cycle' else 0.99, div=div if i else 25.))
+                           pct_start=0.99 if opening and kind == 'one_cycle' else start, div=25. if opening else div))
     return cycles
 
 def run_cycle(learn:Learner, cycle:dict, cbs=None):
     "Train one of the cycles that `plan_cycles` computes"
     learn.freeze_to(cycle['trains_from'])
+    # what an earlier fit left: fastai would decay frozen weights that have a gradient of 0, and add the rest to a step
+    for p in learn.model.parameters(): p.grad = None
     n,rates = cycle['epochs'],cycle['rates']
     if cycle['kind'] == 'one_cycle':
         learn.fit_one_cycle(n, np.array(rates), pct_start=cycle['pct_start'], div=cycle['div'], cbs=cbs)
@@ -319,7 +338,7 @@ def plan_table(
 ) -> pd.DataFrame: # a row for each cycle and group: frozen, learning_rate (highest), parameters, trained
     "What a run would train: `trained` counts the parameters that move, batch norm in frozen groups among them"
     names,rows = group_names(learn),[]
-    frozen = learn.opt.frozen_idx
+    frozen,grads = learn.opt.frozen_idx,[p.requires_grad for p in learn.model.parameters()]
     for i,cycle in enumerate(plan_cycles(learn, **kw), 1):
         learn.opt.freeze_to(cycle['trains_from'])
         for j,(name,group) in enumerate(zip(names, learn.opt.param_lists)):
@@ -328,6 +347,7 @@ def plan_table(
                              learning_rate=cycle['rates'][j] if moving else 0.,
                              parameters=sum(p.numel() for p in group), trained=moving))
     learn.opt.freeze_to(frozen)
+    for p,o in zip(learn.model.parameters(), grads): p.requires_grad_(o)
     return pd.DataFrame(rows).set_index(['cycle', 'group'])
 
 # %% ../nbs/04_learner.ipynb #4c2223a1
@@ -354,7 +374,7 @@ RECIPES = dict(
 RECIPES |= {
     'scratch': {**RECIPES['S1'], 'resident': True, 'base_lr': 4e-3, 'label_smoothing': 0.1, 'wd': 0.05, 'top_k': 0},
     'places': {**RECIPES['S2'], 'plan': 'discriminative', 'resident': True, 'freeze_epochs': 1, 'epochs': 4,
-               'base_lr': 1e-3, 'lr_mult': 1000, 'ema': 0.99},
+               'base_lr': 1e-3, 'lr_mult': 1000, 'ema': 0.99, 'average': 0},
     'mnist': dict(source='mnist', arch='cifar_resnet20', plan='all', freeze_epochs=1, epochs=4, base_lr=1e-2,
                   resident=True),
     'dogs': dict(source='stanford_dogs', arch='resnet50', weights='imagenet', plan='discriminative', freeze_epochs=1,

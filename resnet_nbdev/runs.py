@@ -27,9 +27,10 @@ from .checkpoints import (as_plain, file_sha, learner_state, random_state, read_
     set_learner_state, set_random_state, stage_file, state_file, tensor_file, write_file, write_json)
 from .data import check_counts, find_images, get_data, image_loader, open_data, settings_of
 from .distributed import alone, gather, is_main, join, lost_peer, rank, ranks, scaled_lr, together
-from .learner import (Plan, bare, build_network, check_kind, check_optimizer, described, find_plan,
-    find_recipe, plan_cycles, plot_predictions, resnet_learner, run_cycle, training_tools)
-from .resnet import ARCHS, ResNet, check_arch, load_weights, torchvision_state
+from resnet_nbdev.learner import (Plan, bare, build_network, check_kind, check_optimizer, check_shape, described,
+    find_plan, find_recipe, group_rates, plan_cycles, plot_predictions, resnet_learner, run_cycle, stage_groups,
+    training_tools)
+from .resnet import ARCHS, ResNet, check_arch, create_resnet, imagenet_name, load_weights, torchvision_state
 
 # %% ../nbs/05_runs.ipynb #8c4a24dd
 def run_path(
@@ -636,6 +637,20 @@ def run_recipe(
     if is_main(): run_path(name, runs, resume)
     check_schedule(r['freeze_epochs'], r['epochs'], r['base_lr'])
     check_kind(r.get('schedule', 'one_cycle'))
+    check_shape(r.get('pct_start'), r.get('div', 5.), r.get('lr_mult'))
+    check_counts(0, **{k: r.get(k) for k in ('patience', 'average', 'top_k')})
+    if r.get('average') and r.get('ema'): raise InputError('choose one average: ema, or that of last epochs')
+    known = ['train_loss', 'valid_loss', 'accuracy', *([f"top_{r['top_k']}"] if r.get('top_k') else [])]
+    if r.get('monitor', 'accuracy') not in known:
+        raise InputError(f"unknown metric {r['monitor']!r} to monitor: it is one of {', '.join(known)}")
+    with torch.device('meta'):
+        network = build_network(r['arch'], 2, None, plan.cut, plan.hidden, plan.dropout)
+        if r.get('weights') == 'imagenet': imagenet_name(create_resnet(r['arch'], 2))
+    groups = len(stage_groups(network)) if plan.groups == 'stages' else 1
+    if r.get('lr_mult') is None: group_rates(1., plan.spread, groups)
+    file = r.get('weights')
+    if file != 'imagenet' and isinstance(file, (str, Path)) and not Path(file).expanduser().is_file():
+        raise InputError(f"there is no weights file {file}")
     check_optimizer(r.get('opt'))
     check_counts(**{k: r.get(k) for k in ('presize', 'resize', 'bs', 'max_per_class')})
     check_counts(0, workers=r.get('workers'))
@@ -676,10 +691,11 @@ def load_run(
     file = path/f'{weights}.safetensors'
     if not file.exists():
         there = [o for o in WEIGHTS if (path/f'{o}.safetensors').exists()]
-        raise InputError(f"{path} has no {weights}.safetensors: "
-                         f"{'it has ' + ', '.join(there) if there else 'no epoch of it was finished'}")
+        why = f"it has {', '.join(there)}" if there and weights == 'average' else 'no epoch of it was finished'
+        raise InputError(f'{path} has no {weights}.safetensors: {why}')
     tensors,about = read_tensor_file(file)
-    written = read_json(path/'metrics.json').get('files') if (path/'metrics.json').exists() else None # by a finished run
+    finished = path/'metrics.json' # has the fingerprints of the files of a finished run
+    written = read_json(finished).get('files') if finished.exists() else None
     if written and file_sha(file) != written.get(file.name):
         raise InputError(f'{file} was exchanged: it is not the file that this run wrote')
     for k,want in dict(kind=weights, arch=config['arch'], vocab=data['vocab']).items():

@@ -396,7 +396,7 @@ def test_truncated_weights_by_command(refused, run_copy, digit_files):
             says=['runs/mine/best.safetensors is not a readable .safetensors file'])
 
 
-def test_unknown_weights(digits_run): refuses(["'best' or 'last'", "'worst'"], load_run, digits_run, 'worst')
+def test_unknown_weights(digits_run): refuses(["'best', 'last' or 'average'", "'worst'"], load_run, digits_run, 'worst')
 
 
 # images that cannot be used
