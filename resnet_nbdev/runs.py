@@ -461,13 +461,20 @@ def fine_tune(
             if not found[1]: _recorder(learn, path, config, found[0]).write_metrics('running')
     except InputError as e: refused = str(e)
     except OSError as e: refused = f'{e.filename} could not be written ({e.strerror})'
-    finally: hold_interrupts(False)
-    refused,state,finished = gather((refused, *found))[0]
+    except BaseException:
+        hold_interrupts(False)
+        raise
     try:
+        hold_interrupts(False) # raises one that came in between
+        refused,state,finished = gather((refused, *found))[0]
         if refused: raise InputError(refused)
         learn.run_path = Path(runs).expanduser()/name
         if finished: return _load_last(learn, json_lines)
         return _train(learn, config, state, cycles, json_lines, tensorboard, sync_bn, cbs)
+    except KeyboardInterrupt: # before the training has begun; later it says so itself
+        if is_main() and not refused and read_json(path/'metrics.json').get('status') == 'running':
+            with suppress(OSError): _recorder(learn, path, config, found[0]).write_metrics('interrupted')
+        raise
     finally:
         if lock is not None and lock.is_locked:
             lock.release()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fastai.vision.all import Callback, Learner, fastai_path
 from PIL import Image
+from resnet_nbdev import runs
 from resnet_nbdev.blocks import InputError
 from resnet_nbdev.data import get_data, settings_of
 from resnet_nbdev.learner import resnet_learner
@@ -243,6 +244,19 @@ def test_ctrl_c_while_the_run_begins(start_cli, tmp_path):
     wait_for(run.exists, p)
     interrupt(p, tmp_path)
     assert read(run, 'metrics.json')['status'] == 'interrupted' and readable(run) == 2
+
+
+def test_ctrl_c_that_waits_until_the_run_has_begun(tmp_path, monkeypatch):
+    "It is held while the folder is made, and heard before the training has begun"
+    monkeypatch.chdir(tmp_path)
+    write = runs.Checkpointer.write_metrics
+    def interrupted(self, status, **more):
+        write(self, status, **more)
+        if status == 'running': os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(runs.Checkpointer, 'write_metrics', interrupted)
+    with pytest.raises(KeyboardInterrupt): fine_tune(resnet_learner(get_data('digits'), 'cifar_resnet8'), 'mine')
+    assert read(tmp_path/'runs'/'mine', 'metrics.json')['status'] == 'interrupted'
+    assert names(tmp_path/'runs'/'mine') == ['config.json', 'metrics.json']
 
 
 def test_kill(start_cli, tmp_path):
