@@ -1,9 +1,9 @@
-# make demo | test | test-slow | test-latest | prepare | outputs | dist | clean      PYTHON=python3.12 to choose the Python of a new .venv
+# make demo | test | test-slow | test-latest | prepare | outputs | results | dist | clean      PYTHON=python3.12 to choose the Python of a new .venv
 PYTHON ?= python3
 FLAGS ?= slow
 BIN := .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-latest prepare outputs dist clean
+.PHONY: help demo test test-slow test-latest prepare outputs results dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -34,6 +34,9 @@ outputs: .venv/.installed ## run all notebooks, the tutorial's short run too, an
 	$(BIN)/python .ci/outputs.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python .ci/readme.py
+
+results: .venv/.installed ## which published figures are current, which stale, and which pages show older ones
+	@$(BIN)/python .ci/results.py
 
 dist: .venv/.installed ## build the wheel into dist/
 	@rm -rf dist

@@ -1,14 +1,27 @@
 "Everything is in settings.ini; this file only hands it to setuptools."
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
 config.read(here/'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 url = f"https://github.com/{cfg['user']}/{cfg['repo']}"
+
+
+class WithResults(build_py):
+    "The published figures travel in the wheel, since the tutorials read them"
+    def run(self):
+        super().run()
+        if self.editable_mode: return  # the repository's own are read
+        to = Path(self.build_lib)/cfg['lib_path']/'results'
+        to.mkdir(parents=True, exist_ok=True)
+        for o in (here/cfg['nbs_path']/'results').glob('*.json'): shutil.copy(o, to)
+
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
@@ -20,4 +33,4 @@ setup(
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Intended Audience :: Education',
                  'Natural Language :: English', f"Programming Language :: Python :: {cfg['min_python']}"],
-    zip_safe=False)
+    cmdclass=dict(build_py=WithResults), zip_safe=False)
