@@ -1,0 +1,134 @@
+"""Figures cannot rot: each has its conditions, and what a page shows is what its file holds."""
+import json
+import re
+import runpy
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+from resnet_nbdev.blocks import InputError
+from resnet_nbdev.results import (changed_since, fingerprint, holds, lacking, load_result, look_up, result_states,
+                                  results_folder, results_there, results_used, wrong_quotes)
+
+nbformat = pytest.importorskip('nbformat', reason='a development tool, not installed beside the wheel')
+FILES = sorted((ROOT/'nbs'/'results').glob('*.json'))
+PAGES = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
+script = runpy.run_path(str(ROOT/'.ci'/'results.py'), run_name='results')
+
+
+def prose(page): return '\n'.join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == 'markdown')
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda o: o.stem)
+def test_has_its_conditions(file):
+    result = json.loads(file.read_text())
+    assert lacking(result) == []
+    if not result.get('published'):
+        assert re.fullmatch('[0-9a-f]{40}(-dirty)?', result['commit'])
+        assert {'torch', 'fastai', 'resnet_nbdev'} <= result['versions'].keys()
+    assert not re.search(r'/(home|root|tmp|work|Users)/', file.read_text())
+
+
+def test_no_page_quotes_what_is_not_there():
+    assert [*script['misquoted']()] == []
+
+
+def test_no_page_shows_older_values():
+    assert [*script['older_pages']()] == [], 'run python .ci/outputs.py PAGE'
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda o: o.stem)
+def test_no_figure_of_merit_is_typed(page):
+    "A fraction of three and more digits in prose is a measured one, so it is a quote or computed in a cell"
+    text = re.sub(r'```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|\[[^\]]*\](?=\()|https?://\S+', '', prose(page),
+                  flags=re.S)
+    assert re.findall(r'(?<![\w.])0\.\d{3,}|\d[\d.]*\s*(?:images/s|img/s)', text) == []
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    "The results as they are, in a copy to damage"
+    for o in FILES: (tmp_path/o.name).write_text(o.read_text())
+    monkeypatch.setattr('resnet_nbdev.results.results_folder', lambda: tmp_path)
+    return tmp_path
+
+
+def change(file, **more): file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+
+
+def test_a_changed_value_is_seen(results):
+    before = {p.name for p, _ in script['older_pages']()}
+    file = results/'resnet50_strides.json'
+    change(file, values={**load_result('resnet50_strides')['values'], 'more': 1})
+    assert {p.name for p, _ in script['older_pages']()} - before == {'famous_errors.ipynb', '08_bench.ipynb'}
+    change(results/'he2015_table2.json', note='a condition told better')
+    assert len([*script['older_pages']()]) == len(before) + 2
+
+
+def test_a_quote_is_compared_to_its_digits(results):
+    quote = '[{}](results/imagenette_resnet34_published.json#/values/{})'
+    for said in ('0.849', '0.85', '0.849427', '84.9 %'): assert wrong_quotes(quote.format(said, 'accuracy')) == []
+    for said in ('0.848', '0.8494271', '85.9 %', 'good'): assert len(wrong_quotes(quote.format(said, 'accuracy'))) == 1
+    said, = wrong_quotes(quote.format('0.84', 'accuracy'))
+    assert '0.849427' in said and 'imagenette_resnet34_published' in said
+    assert 'there is no /values/top_5' in wrong_quotes(quote.format('0.84', 'top_5'))[0]
+    change(results/'imagenette_resnet34_published.json', values=dict(accuracy=.9))
+    assert wrong_quotes(quote.format('0.849', 'accuracy'))
+
+
+@pytest.mark.parametrize('said, value, right', [
+    ('1,234', 1234.4, True), ('1,235', 1234.4, False), ('-0.25', -.25, True), ('0.50', .505, False), ('65 s', 65, True),
+    ('a GPU', 'a GPU', True), ('a CPU', 'a GPU', False)])
+def test_holds(said, value, right): assert holds(said, value) is right
+
+
+def test_look_up():
+    result = {'a b': [dict(c=1)], 'd/e': 2}
+    assert (look_up(result, '/a%20b/0/c'), look_up(result, '/d~1e')) == (1, 2)
+    for o in ('/a', '/a b/1', '/a b/0/c/d'):
+        with pytest.raises(InputError, match='there is no'): look_up(result, o)
+
+
+def test_what_is_missing(results):
+    with pytest.raises(InputError, match="no result 'nothing': measured are .*resnet50_strides"): load_result('nothing')
+    assert not results_there('nothing')
+    result = load_result('resnet50_strides')
+    for k in ('data', 'commit', 'versions'): assert lacking({**result, k: None}) == lacking({**result, k: ''}) == [k]
+    assert lacking({**load_result('he2015_table2'), 'source': ''}) == ['source']
+    (results/'he2015_table2.json').write_text('{')
+    with pytest.raises(InputError, match='he2015_table2.json is not readable'): load_result('he2015_table2')
+
+
+def test_stale_is_what_changed_in_meaning():
+    def git(*args): return subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True)
+    if git('rev-parse', 'HEAD').returncode: pytest.skip('there is no repository')
+    if git('status', '--porcelain', 'resnet_nbdev').stdout: pytest.skip('the package is being edited')
+    head = git('rev-parse', 'HEAD').stdout.strip()
+    assert changed_since(head, ['blocks', 'resnet', 'data']) == []
+    assert changed_since(head + '-dirty', ['blocks', 'nothing']) == ['nothing']
+    assert changed_since('0'*40, ['blocks']) == ['blocks']
+    states = result_states()
+    assert set(states.state) <= {'current', 'stale', 'quoted'} and set(states.index) == {o.stem for o in FILES}
+
+
+def test_used_results_are_found_in_code():
+    code = ["load_result('he2015_table2')", "[load_result(o) for o in ('data_460_224', 'x')]"]
+    assert results_used(code) == {o: fingerprint(load_result(o)) for o in ('data_460_224', 'he2015_table2')}
+
+
+def test_make_results_says_all(tmp_path):
+    r = subprocess.run([sys.executable, ROOT/'.ci'/'results.py'], cwd=tmp_path, capture_output=True, text=True)
+    assert r.returncode == 0 and all(o.stem in r.stdout for o in FILES), r.stderr
+
+
+def test_wheel_carries_results(tmp_path):
+    "What a tutorial reads in Colab"
+    pytest.importorskip('build')
+    r = subprocess.run([sys.executable, '-m', 'build', '-q', '--wheel', '--no-isolation', '--outdir', tmp_path, ROOT],
+                       capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as z:
+        have = {o.split('/')[-1] for o in z.namelist() if o.startswith('resnet_nbdev/results/')}
+    assert have == {o.name for o in FILES} and results_folder().is_dir()
