@@ -1,9 +1,9 @@
-# make demo | test | test-slow | test-latest | prepare | outputs | results | dist | clean      PYTHON=python3.12 to choose the Python of a new .venv
+# make demo | test | test-slow | test-tutorials | test-latest | prepare | outputs | results | dist | clean      PYTHON=python3.12 to choose the Python of a new .venv
 PYTHON ?= python3
 FLAGS ?= slow
 BIN := .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-latest prepare outputs results dist clean
+.PHONY: help demo test test-slow test-tutorials test-latest prepare outputs results dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -13,16 +13,19 @@ demo: .venv/.installed ## train a ResNet on scikit-learn's digits: no download, 
 	@echo 'For Imagenette, after a download of 1.6 GB: $(BIN)/resnet_fine_tune imagenette'
 
 test: .venv/.installed ## every test that is quick enough for every edit
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow' tests
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --skip_folder_re '^[_.]|^tutorials$$' --n_workers 2 --do_print
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow and not tutorials' tests
 
-test-slow: .venv/.installed ## what is real but too long for every edit: whole runs, the tutorials, the built wheel
-	$(BIN)/nbdev_test --n_workers 0 --flags '$(FLAGS)' --do_print
+test-slow: .venv/.installed ## what is real but too long for every edit: whole runs, crashes, the built wheel
+	$(BIN)/nbdev_test --skip_folder_re '^[_.]|^tutorials$$' --n_workers 0 --flags '$(FLAGS)' --do_print
 	$(BIN)/python -m pytest -m slow tests
 
+test-tutorials: .venv/.installed ## the short run of every tutorial and lab, up to 5 minutes each
+	$(BIN)/python -m pytest -m tutorials tests
+
 test-latest: dist ## tests/ against the built wheel with the newest fastai and torch, in .venv-latest
-	@$(PYTHON) .ci/venv.py .venv-latest --upgrade dist/*.whl pytest pytest-xdist hypothesis timm
-	cd .venv-latest && OMP_NUM_THREADS=1 bin/python -m pytest -n 2 -m 'not slow' ../tests
+	@$(PYTHON) .ci/venv.py .venv-latest --upgrade dist/*.whl pytest pytest-xdist hypothesis timm nbconvert ipykernel
+	cd .venv-latest && OMP_NUM_THREADS=1 bin/python -m pytest -n 2 -m 'not slow and not tutorials' ../tests
 
 prepare: .venv/.installed ## after editing a notebook: export, clean, README.md, tests
 	$(BIN)/nbdev_export
@@ -30,7 +33,7 @@ prepare: .venv/.installed ## after editing a notebook: export, clean, README.md,
 	$(BIN)/python .ci/readme.py
 	$(MAKE) test
 
-outputs: .venv/.installed ## run all notebooks, the tutorial's short run too, and store what they show
+outputs: .venv/.installed ## run all notebooks, the tutorials' short runs too, and store what they show
 	$(BIN)/python .ci/outputs.py
 	$(BIN)/nbdev_clean
 	$(BIN)/python .ci/readme.py

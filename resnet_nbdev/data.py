@@ -462,7 +462,7 @@ ELSEWHERE = ('fetch and unpack it elsewhere, and give its folder with --data, '
 def is_address(source) -> bool:
     "Whether `source` is the address of something on the web"
     try: return urlparse(str(source)).scheme in ('http', 'https')
-    except ValueError as e: raise InputError(f'{source} is no address ({e})') from None
+    except ValueError as e: raise InputError(f'{one_line(source)} is no address ({e})') from None
 
 def _address_name(url): return Path(unquote(urlparse(url).path)).name or 'archive'
 

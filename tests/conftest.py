@@ -26,7 +26,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_configure(config): config.addinivalue_line('markers', 'slow: whole runs that take minutes')
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: whole runs that take minutes')
+    config.addinivalue_line('markers', "tutorials: the tutorials' short runs, up to 5 minutes each")
 
 
 def script(name): return str(Path(sys.executable).with_name(name))

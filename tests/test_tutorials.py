@@ -1,4 +1,4 @@
-"""Tutorials and labs run from an empty folder: with few images for every edit, and whole among the slow tests."""
+"""Tutorials and labs run from an empty folder: with few images for every edit, and whole by make test-tutorials."""
 import json
 import os
 import shutil
@@ -48,7 +48,7 @@ def execute(name, data, cwd, timeout, **env):
 def test_few_images(name, few, tmp_path): execute(name, few, tmp_path, 300, IN_TEST='1')
 
 
-@pytest.mark.slow
+@pytest.mark.tutorials
 @pytest.mark.parametrize('name', PAGES)
 def test_short_run(name, whole, tmp_path):
     "At most 5 minutes each on two quiet cores"
