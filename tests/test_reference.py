@@ -10,6 +10,11 @@ from resnet_nbdev.resnet import ARCHS, create_resnet, load_weights, resnet50, to
 
 PARAMETERS = dict(resnet18=11_689_512, resnet34=21_797_672, resnet50=25_557_032, resnet101=44_549_160,
                   resnet152=60_192_808)
+def deep_are_slow(names): # as they take most of the time
+    return [pytest.param(o, marks=pytest.mark.slow) if '101' in o or '152' in o else o for o in names]
+
+
+DEPTHS = deep_are_slow(PARAMETERS)
 LARGEST = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
@@ -34,15 +39,15 @@ def test_parameters(name):
 
 
 @pytest.mark.parametrize('dtype', LARGEST, ids=str)
-@pytest.mark.parametrize('name', PARAMETERS)
+@pytest.mark.parametrize('name', DEPTHS)
 def test_torchvision(name, dtype, record_property):
     ours, theirs = randomised(create_resnet(name, 1000)), getattr(models, name)()
     theirs.load_state_dict(torchvision_state(ours), strict=True)
     for size in (224, 160): assert_same(ours, theirs, dtype, size, record_property)
 
 
-@pytest.mark.parametrize('name', ['wide_resnet50_2', 'wide_resnet101_2', 'resnext50_32x4d', 'resnext101_32x8d',
-                                  'resnext101_64x4d'])
+@pytest.mark.parametrize('name', deep_are_slow(['wide_resnet50_2', 'wide_resnet101_2', 'resnext50_32x4d',
+                                                'resnext101_32x8d', 'resnext101_64x4d']))
 def test_torchvision_relatives(name, record_property):
     ours, theirs = randomised(create_resnet(name, 1000)), getattr(models, name)()
     theirs.load_state_dict(torchvision_state(ours), strict=True)
@@ -50,7 +55,7 @@ def test_torchvision_relatives(name, record_property):
 
 
 @pytest.mark.parametrize('dtype', LARGEST, ids=str)
-@pytest.mark.parametrize('name', ['resnet18d', 'resnet34d', 'resnet50d', 'resnet101d', 'resnet152d'])
+@pytest.mark.parametrize('name', deep_are_slow(f'{o}d' for o in PARAMETERS))
 def test_timm_resnet_d(name, dtype, record_property):
     ours, theirs = randomised(create_resnet(name, 1000)), timm.create_model(name)
     theirs.load_state_dict(torchvision_state(ours), strict=True)
@@ -83,7 +88,7 @@ def test_the_comparison_sees(kw):
     assert (a - b).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize('name', PARAMETERS)
+@pytest.mark.parametrize('name', DEPTHS)
 def test_there_and_back(name):
     "Through torchvision's network, bit for bit"
     ours, theirs = randomised(create_resnet(name, 1000)), getattr(models, name)()
@@ -93,7 +98,7 @@ def test_there_and_back(name):
     for k, v in ours.state_dict().items(): assert back[k].dtype == v.dtype and torch.equal(back[k], v), k
 
 
-@pytest.mark.parametrize('name', PARAMETERS)
+@pytest.mark.parametrize('name', DEPTHS)
 def test_same_operations(name):
     "Torch is asked for the same work, so the networks are equally fast on any machine"
     x = torch.randn(2, 3, 64, 64)
