@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from .blocks import BottleneckBlock, InputError, PreActBlock, ResBlock
 from .data import open_image
 
-# %% ../nbs/06_explain.ipynb #c8b61d11
+# %% ../nbs/06_explain.ipynb #a65a9647
 @contextmanager
 def _looking(model): # in evaluation mode, without gradients
     flags = [(m, m.training) for m in model.modules()]
@@ -29,11 +29,15 @@ def _looking(model): # in evaluation mode, without gradients
     finally:
         for m,flag in flags: m.training = flag
 
-def _loader(learn, ds_idx): # each image of a set once, in its order, prepared as validation images are
+def _images(learn, ds_idx): # of a set, in its order
     n = len(learn.dls.loaders)
     if ds_idx not in range(n): raise InputError(f'the data have {n} sets, numbered from 0, and ds_idx is {ds_idx}')
+    return learn.dls.loaders[ds_idx].dataset.items
+
+def _loader(learn, ds_idx): # each image of a set once, in its order, prepared as validation images are
+    items = _images(learn, ds_idx)
     if getattr(learn.dls, 'vocab', None) is None: raise InputError('the data have no classes: there is no vocab')
-    return learn.dls.test_dl(learn.dls.loaders[ds_idx].dataset.items, with_labels=True)
+    return learn.dls.test_dl(items, with_labels=True)
 
 def _logits(learn, dl): # (N, classes), (N,)
     with learn.no_bar(), learn.no_logging(), _looking(learn.model): logits,truth = learn.get_preds(dl=dl, act=noop)
@@ -69,7 +73,7 @@ def predictions(
     table.attrs['probabilities'] = p.numpy().view(Probabilities)
     return table
 
-# %% ../nbs/06_explain.ipynb #31bb52d3
+# %% ../nbs/06_explain.ipynb #e221562e
 def _check_table(table, *columns):
     if missing := [o for o in columns if o not in table]:
         raise InputError(f"a table from `predictions` is needed, and this one has no column {', '.join(missing)}")
@@ -92,7 +96,7 @@ def show_predictions(
 ) -> plt.Figure:
     "Images, each with its class and below it the predicted one and its probability; wrong ones are framed in red"
     _check_table(table, 'item', 'truth', 'predicted', 'probability', 'right')
-    n,items = len(table),learn.dls.loaders[ds_idx].dataset.items
+    n,items = len(table),_images(learn, ds_idx)
     if not 0 < n <= 100: raise InputError(f'from 1 to 100 images can be shown, and the table has {n} rows')
     if cols < 1: raise InputError(f'cols must be at least 1, and is {cols}')
     if any(i not in range(len(items)) or items[i] is not o and items[i] != o for i,o in table['item'].items()):
@@ -101,15 +105,16 @@ def show_predictions(
     images = dl.one_batch()[0]
     for o in dl.after_batch.fs:
         if isinstance(o, Normalize): images = o.decode(images)
-    images = images.as_subclass(Tensor).cpu().clamp(0, 1).permute(0, 2, 3, 1)
+    images = images.as_subclass(Tensor).cpu().clamp(0, 1).permute(0, 2, 3, 1).numpy()
     cols = min(cols, n)
     rows,wide = -(-n//cols),7/max(cols, 4)
+    letters = max(int(wide*15), 10) # that fit above an image
     fig,axes = plt.subplots(rows, cols, figsize=(cols*wide, rows*(wide + 0.35)), squeeze=False, layout='constrained')
     for ax in axes.flat[n:]: ax.set_axis_off()
     for ax,im,o in zip(axes.flat, images, table.itertuples()):
         ax.imshow(im)
         ax.set(xticks=[], yticks=[])
-        ax.set_title(f'{_short(o.truth)}\n{_short(o.predicted, 14)} {o.probability:.2f}', fontsize=8,
+        ax.set_title(f'{_short(o.truth, letters)}\n{_short(o.predicted, letters - 5)} {o.probability:.2f}', fontsize=8,
                      color='black' if o.right else 'tab:red')
         ax.spines[:].set(visible=not o.right, color='tab:red', linewidth=3)
     fig.supxlabel('first line: the class; second line: what the network says, and its probability', fontsize=8)
@@ -260,7 +265,7 @@ def plot_embedding(
     if alone and few: ax.figure.legend(loc='outside right upper', fontsize=8, frameon=False)
     return ax.figure
 
-# %% ../nbs/06_explain.ipynb #d34c083a
+# %% ../nbs/06_explain.ipynb #27d989e0
 def _first_conv(model):
     found = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if found is None: raise InputError('this network has no convolution')
@@ -281,7 +286,7 @@ def plot_filters(
     if w.shape[1] != 3: w = w.mean(1, keepdim=True)
     w = w/w.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)/2 + 0.5
     fig,axes = _grid(len(w))
-    for ax,o in zip(axes, w): ax.imshow(o.permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=1)
+    for ax,o in zip(axes, w.permute(0, 2, 3, 1).numpy()): ax.imshow(o, cmap='gray', vmin=0, vmax=1)
     return fig
 
 def _batch(model, x): # (N, C, H, W), on the network's device
@@ -313,17 +318,19 @@ def filtered(
 
 def plot_maps(
     maps:Tensor, # (C, h, w), from `feature_maps` or `filtered`
-    n:int=16 # maps at most
+    n:int=16, # maps at most
+    title:str='' # of the figure
 ) -> plt.Figure:
     "The maps with the largest values, in the order and with the numbers of their channels, on one scale"
     maps = torch.as_tensor(maps).detach().cpu().float()
     if maps.ndim != 3 or n < 1: raise InputError(f'maps are (C, h, w) and n at least 1, not {tuple(maps.shape)}, {n}')
     at = maps.abs().amax((1, 2)).topk(min(n, len(maps))).indices.sort().values
     fig,axes = _grid(len(at))
-    fig.set_figheight(fig.get_figheight()*1.2)
-    low,high = maps[at].min(),maps[at].max()
+    fig.set_figheight(fig.get_figheight()*1.25 + (0.25 if title else 0))
+    if title: fig.suptitle(title, fontsize=9)
+    low,high = maps[at].min().item(),maps[at].max().item()
     for ax,i in zip(axes, at.tolist()):
-        ax.imshow(maps[i], cmap='viridis', vmin=low, vmax=high)
+        ax.imshow(maps[i].numpy(), cmap='viridis', vmin=low, vmax=high)
         ax.set_title(i, fontsize=8)
     return fig
 

@@ -1,0 +1,443 @@
+"The looks into a network: that they show the right numbers, and change nothing"
+import copy
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_folder, randomised
+from fastai.vision.all import ClassificationInterpretation, Learner
+from PIL import Image
+from resnet_nbdev.blocks import BLOCKS, BottleneckBlock, InputError, PlainBlock, PreActBlock, ResBlock
+from resnet_nbdev.data import get_data, image_loader
+from resnet_nbdev.explain import *
+from resnet_nbdev.learner import resnet_learner
+from resnet_nbdev.resident import resident_data
+from resnet_nbdev.resnet import cifar_resnet, custom_resnet
+from torch import nn
+
+WNIDS = 'n01440764', 'n02102040', 'n03394916'  # tench, English_springer, French_horn: in another order by name
+LOADERS = dict(stock=lambda data, bs: get_data(data, 24, 16, bs, num_workers=0, device='cpu'),
+               resident=lambda data, bs: resident_data(data, 16, bs, presize=24, device='cpu'))
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close('all')
+
+
+@pytest.fixture(scope='module')
+def three(tmp_path_factory):
+    "Photos of noise in three splits, of classes whose folders and names have different orders"
+    path = make_folder(tmp_path_factory.mktemp('three')/'photos', WNIDS, train=6, val=4)
+    more = make_folder(tmp_path_factory.mktemp('more')/'photos', WNIDS, train=5, val=1)
+    (more/'train').rename(path/'test')
+    for o in (path/'test').rglob('*.png'):  # other pixels than those of the training images
+        Image.fromarray(255 - np.asarray(Image.open(o))).save(o)
+    return path
+
+
+@pytest.fixture(scope='module')
+def hundred(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp('hundred')/'photos', [f'class {i:03}' for i in range(100)], 2, 2)
+
+
+def learner(data, kind='stock', bs=4, block=ResBlock):
+    torch.manual_seed(0)
+    dls = LOADERS[kind](data, bs)
+    model = randomised(cifar_resnet(8 if block is not BottleneckBlock else 11, len(dls.vocab), block))
+    nn.init.normal_(model.head.fc.weight)  # so that the answers differ
+    return resnet_learner(dls, model)
+
+
+@pytest.fixture(scope='module')
+def learn(three): return learner(three)
+
+
+def by_hand(learn, items):
+    "The probabilities of images that are prepared one at a time"
+    info = learn.dls.info
+    look = lambda o: learn.model.eval()(image_loader([o], info['presize'], info['resize'], info['augment'],
+                                                     fit=info['fit'], stats=info['stats']).one_batch()[0])
+    with torch.no_grad(): return torch.cat([look(o).as_subclass(torch.Tensor) for o in items]).softmax(1).numpy()
+
+
+def check_table(learn, ds_idx, names):
+    table, dl = predictions(learn, ds_idx), learn.dls.loaders[ds_idx]
+    items = list(dl.dataset.items)
+    p = by_hand(learn, items)
+    assert list(table['item']) == items and list(table.index) == list(range(len(items)))
+    assert list(table.truth) == [names(o) for o in items]
+    assert list(table.predicted) == [learn.dls.vocab[i] for i in p.argmax(1)]
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3)
+    close(table.probability, p.max(1))
+    close(table.truth_probability, [row[learn.dls.vocab.o2i[names(o)]] for row, o in zip(p, items)])
+    close(table.attrs['probabilities'], p)
+    close(table.loss, -np.log(table.truth_probability))
+    assert (table.right == (table.truth == table.predicted)).all()
+    return table
+
+
+@pytest.mark.parametrize('kind', LOADERS)
+def test_probabilities(three, kind):
+    "Each set, in its order; the training set without shuffling, augmentation and a dropped last batch"
+    names = dict(zip(WNIDS, ('tench', 'English_springer', 'French_horn')))
+    learn = learner(three, kind)
+    assert list(learn.dls.vocab) == ['English_springer', 'French_horn', 'tench']
+    sizes = [len(check_table(learn, i, lambda o: names[o.parent.name])) for i in range(3)]
+    assert sizes == [18, 12, 15]
+
+
+@pytest.mark.parametrize('kind', LOADERS)
+def test_hundred_classes(hundred, kind):
+    learn = learner(hundred, kind, bs=64)
+    table = check_table(learn, 1, lambda o: o.parent.name)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        counts, scores = confusion(table, learn.dls.vocab), class_table(table, learn.dls.vocab)
+        fig = plot_confusion(counts)
+        fig.canvas.draw()
+        plot_embedding(embed(features(learn)[0]), features(learn)[1], learn.dls.vocab).canvas.draw()
+    assert table.predicted.nunique() < 100 and scores.notna().all(axis=None)
+    assert counts.sum(axis=1).eq(2).all() and np.trace(counts) == table.right.sum()
+    assert max(fig.get_size_inches()) < 8
+    assert not {o.get_text() for o in fig.axes[0].get_xticklabels()} & set(learn.dls.vocab)
+
+
+def test_against_fastai(learn):
+    table = predictions(learn)
+    with learn.no_bar(), learn.no_logging():
+        other = ClassificationInterpretation.from_learner(learn)
+        assert (confusion(table, learn.dls.vocab) == other.confusion_matrix()).all(axis=None)
+        pairs = {(a, b): n for a, b, n in other.most_confused()}
+    found = most_confused(table, 100)
+    assert {(o.truth, o.predicted): o.images for o in found.itertuples()} == pairs
+    assert (found.truth != found.predicted).all() and found.images.is_monotonic_decreasing
+    np.testing.assert_allclose(table.loss, other.losses, atol=1e-4)
+
+
+def test_a_loss_without_softmax(three):
+    model = learner(three).model
+    dls = LOADERS['stock'](three, 4)
+    table = predictions(Learner(dls, model, loss_func=lambda x, y: F.mse_loss(x, F.one_hot(y, 3).float())))
+    np.testing.assert_allclose(table.probability, predictions(resnet_learner(dls, model)).probability, atol=1e-6)
+    np.testing.assert_allclose(table.attrs['probabilities'].sum(1), 1, atol=1e-5)
+
+
+def test_tables_can_be_joined(learn):
+    "pandas compares and copies what hangs on a frame"
+    a, b = predictions(learn), predictions(learn, 2)
+    assert len(pd.concat([a, b])) == 27 and len(a.merge(b, on='truth'))
+    part = a[a.truth == 'tench']
+    np.testing.assert_array_equal(part.attrs['probabilities'][part.index].max(1), part.probability)
+    p = copy.deepcopy(a.attrs['probabilities'])
+    assert (p == p.max(1, keepdims=True)).sum() == len(p) and p.shape == (12, 3)
+
+
+def test_errors_in_order():
+    table = pd.DataFrame(dict(right=[True, False, False, True, False], probability=[.9, .3, .8, .5, .8],
+                              truth=list('abcab'), predicted=list('acbab')))
+    assert confident_errors(table).index.tolist() == [2, 4, 1] and confident_errors(table, 1).index.tolist() == [2]
+    assert confident_errors(table[table.right]).empty
+    assert most_confused(table[table.truth == table.predicted]).empty
+
+
+def test_a_class_that_never_occurs():
+    table = pd.DataFrame(dict(truth=['a', 'a', 'b'], predicted=['a', 'b', 'b']))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        scores, counts = class_table(table, ['never', 'b', 'a']), confusion(table, ['never', 'b', 'a'])
+        share = plot_confusion(counts).axes[0].images[0].get_array()
+    assert scores.loc['never'].tolist() == [0, 0, 0, 0] and scores.index.tolist() == ['never', 'b', 'a']
+    assert scores.loc['a'].tolist() == [2, 1, .5, 2/3] and scores.loc['b'].tolist() == [1, .5, 1, 2/3]
+    np.testing.assert_allclose(share, [[0, 0, 0], [0, 1, 0], [0, .5, .5]])
+    assert counts.index.name == 'truth' and counts.loc['a', 'b'] == 1 and counts.loc['b', 'a'] == 0
+
+
+def test_the_picture_of_the_row(tmp_path):
+    "Images of one colour each, told by their file names"
+    for split, n in (('train', 4), ('val', 6)):
+        for c in 'xy':
+            (tmp_path/split/c).mkdir(parents=True)
+            for i in range(n):
+                grey = 20*i + 10*(c == 'y') + 100*(split == 'train')
+                Image.new('RGB', (16, 16), (grey, 255 - grey, 50)).save(tmp_path/split/c/f'{grey}.png')
+    for kind in LOADERS:
+        learn = learner(tmp_path, kind)
+        for ds_idx in (0, 1):
+            table = predictions(learn, ds_idx).sample(frac=1, random_state=0)
+            fig = show_predictions(learn, table, ds_idx)
+            for ax, o in zip(fig.axes, table.itertuples()):
+                grey = int(Path(o.item).stem)
+                np.testing.assert_allclose(np.asarray(ax.images[0].get_array()).mean((0, 1))*255,
+                                           [grey, 255 - grey, 50], atol=2)
+                assert ax.get_title().split() == [o.truth, o.predicted, f'{o.probability:.2f}']
+                assert ax.spines['left'].get_visible() != o.right
+
+
+def test_features(learn):
+    found, labels = features(learn, 2)
+    xb, yb = (torch.cat(o).as_subclass(torch.Tensor) for o in zip(*learn.dls.loaders[2]))
+    with torch.no_grad():
+        maps = learn.model.eval().body(xb)
+        pooled = learn.model.head.avgpool(maps)[..., 0, 0]
+        assert torch.allclose(torch.from_numpy(found), pooled, atol=1e-5)
+        before = learn.model.body.conv1(xb)
+    assert labels.tolist() == yb.tolist()
+    assert torch.allclose(torch.from_numpy(features(learn, 2, 'head.fc')[0]), learn.model(xb), atol=1e-4)
+    early = features(learn, 2, 'body.bn1')[0]  # the ReLU after it works in place
+    assert torch.allclose(torch.from_numpy(early), learn.model.body.bn1(before).mean((2, 3)), atol=1e-5)
+    twice = features(learn, 2, 'body.layer1.0.relu')[0]  # runs twice: the last is the block's output
+    assert torch.allclose(torch.from_numpy(twice), torch.from_numpy(features(learn, 2, 'body.layer1')[0]))
+
+
+def test_maps(learn):
+    x = torch.randn(3, 16, 16)
+    maps = feature_maps(learn.model, x, 'body.bn1')
+    with torch.no_grad(): expected = learn.model.body.bn1(learn.model.body.conv1(x[None]))[0]
+    assert torch.allclose(maps, expected, atol=1e-5) and maps.min() < 0
+    assert torch.equal(filtered(learn.model, x), feature_maps(learn.model, x[None], 'body.conv1'))
+    maps = torch.zeros(20, 4, 4)
+    maps[[3, 7, 12]] += torch.tensor([2., -3., 1.])[:, None, None]
+    fig = plot_maps(maps, 3)
+    assert [int(o.get_title()) for o in fig.axes] == [3, 7, 12]
+    assert [np.asarray(o.images[0].get_array())[0, 0] for o in fig.axes] == [2, -3, 1]
+    assert {o.images[0].get_clim() for o in fig.axes} == {(-3, 2)}
+
+
+@pytest.mark.parametrize('channels, stem', [(1, 'cifar'), (3, 'imagenet'), (4, 'cifar'), (3, 'deep')])
+def test_filters(channels, stem):
+    model = custom_resnet([1], [64], 5, stem=stem, in_channels=channels)
+    shown = plot_filters(model).axes
+    w = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).weight
+    assert len(shown) == len(w)
+    for ax, o in zip(shown, w):
+        values = np.asarray(ax.images[0].get_array())
+        assert 0 <= values.min() and values.max() <= 1 and .5 in (1 - values.min(), values.max() - .5, .5)
+        assert values.shape == (*o.shape[1:], 3)[:3 if channels == 3 else 2]
+    assert filtered(model, torch.rand(channels, 32, 32)).shape[0] == len(w)
+
+
+def test_embedding():
+    values = np.random.default_rng(0).normal(size=(40, 60))
+    for how in ('pca', 'tsne'): np.testing.assert_array_equal(embed(values, how), embed(values, how))
+    assert embed(values[:5], 'tsne').shape == (5, 2) and embed(values[:2]).shape == (2, 2)
+    fig = plot_embedding(embed(values), np.arange(40) % 12, [f'class {i}' for i in range(12)])
+    assert len(fig.legends[0].texts) == 12
+    assert plot_embedding(embed(values), [0]*40, 'ab', ax=plt.subplots()[1]).legends == []
+
+
+# nothing is changed
+
+def state(model):
+    return ({k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()],
+            [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()],
+            [len(h) for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)],
+            [sorted(vars(m)) for m in model.modules()])
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture
+def odd(learn):
+    "A learner whose network has mixed flags, a frozen stage and gradients"
+    model = learn.model.train()
+    model.body.layer2.eval()
+    model.body.layer1.requires_grad_(False)
+    for p in model.head.parameters(): p.grad = torch.ones_like(p)
+    yield learn
+    model.requires_grad_(True).eval()
+    model.zero_grad()
+
+
+X, Y = torch.rand(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+LOOKS = dict(
+    predictions=lambda o: predictions(o, 0), features=features, delete_blocks=delete_blocks,
+    show_predictions=lambda o: show_predictions(o, predictions(o)), plot_filters=lambda o: plot_filters(o.model),
+    filtered=lambda o: filtered(o.model, X[0]), feature_maps=lambda o: feature_maps(o.model, X[:1], 'body.layer2'),
+    grad_cam=lambda o: grad_cam(o.model, X), gradient_flow=lambda o: gradient_flow(o.model, X, Y),
+    gradient_flow_eval=lambda o: gradient_flow(o.model, X, Y, training=False))
+FAILURES = dict(
+    layer=lambda o: features(o, layer='body.layer7'), unused=lambda o: features(o, layer=nn.ReLU()),
+    small=lambda o: feature_maps(o.model, X[0, :, :2, :2], 'body.layer2'),
+    flat=lambda o: feature_maps(o.model, X[0], 'head'),
+    label=lambda o: gradient_flow(o.model, X, Y + 9), block=lambda o: inside(o.model, 'body.layer2.0', X[:, :1]))
+
+
+def inside(model, name, x):
+    with without_block(model, name):
+        try: model(x)
+        except RuntimeError as e: raise InputError('this failed inside') from e
+
+
+@pytest.mark.parametrize('look', LOOKS)
+def test_nothing_changes(odd, look):
+    before, drawn = state(odd.model), torch.get_rng_state()
+    LOOKS[look](odd)
+    assert same(before, state(odd.model))
+    if look.startswith('gradient'): assert torch.equal(drawn, torch.get_rng_state())
+
+
+@pytest.mark.parametrize('look', FAILURES)
+def test_nothing_changes_when_it_fails(odd, look):
+    before = state(odd.model)
+    with pytest.raises(InputError): FAILURES[look](odd)
+    assert same(before, state(odd.model))
+
+
+# deleted blocks
+
+def small_net(block, kind='B'):
+    torch.manual_seed(0)
+    return randomised(custom_resnet([2, 2], [8, 16], 5, block=block, stem='cifar', shortcut_kind=kind)).double()
+
+
+class Sequence(nn.Sequential):  # a block that was made by hand
+    pass
+
+
+def replaced(model, name):
+    "A copy of the network that never had the block, only what goes around it"
+    model = copy.deepcopy(model)
+    block = model.get_submodule(name)
+    layers = [] if block.downsample is None else [block.downsample]
+    if block.preact: layers = [block.bn1, nn.ReLU(), *layers] if layers else []
+    elif block.skip: layers = [*layers, nn.ReLU()]
+    stage, i = name.rsplit('.', 1)
+    model.get_submodule(stage)[int(i)] = Sequence(*layers)
+    return model
+
+
+@pytest.mark.parametrize('kind', 'ABCD')
+@pytest.mark.parametrize('block', [ResBlock, BottleneckBlock, PreActBlock])
+def test_deletion_is_a_network_without_the_block(block, kind):
+    model, x = small_net(block, kind), torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    given = x.clone()
+    assert blocks(model) == [f'body.layer{i}.{j}' for i in (1, 2) for j in (0, 1)]
+    with torch.no_grad():
+        whole = model(x)
+        for name in blocks(model):
+            expected = replaced(model, name)(x)
+            with without_block(model, name) as same_model:
+                assert same_model is model and torch.equal(model(x), expected)
+                assert torch.equal(copy.deepcopy(model)(x), expected)
+            assert not torch.allclose(expected, whole)
+        with without_block(model, 'body.layer1.1'), without_block(model, 'body.layer2.1'):
+            two = replaced(replaced(model, 'body.layer1.1'), 'body.layer2.1')
+            with without_block(model, 'body.layer2.1'): assert torch.equal(model(x), two(x))
+            assert torch.equal(model(x), two(x))
+        assert torch.equal(model(x), whole) and torch.equal(x, given)
+
+
+def test_a_plain_block_passes_its_input_on():
+    model, x = small_net(PlainBlock), torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    for name in ('body.layer1.0', 'body.layer1.1', 'body.layer2.1'):
+        with without_block(model, name), torch.no_grad(): assert torch.equal(model(x), replaced(model, name)(x))
+    with pytest.raises(InputError, match='has no shortcut'), without_block(model, 'body.layer2.0'): pass
+
+
+@pytest.mark.parametrize('block', BLOCKS.values(), ids=BLOCKS)
+def test_accuracies_without_blocks(three, block):
+    learn = learner(three, block=block)
+    table = delete_blocks(learn, 2)
+    xb, yb = (torch.cat(o).as_subclass(torch.Tensor) for o in zip(*learn.dls.loaders[2]))
+    score = lambda m: (m.eval()(xb).argmax(1) == yb).double().mean().item()
+    with torch.no_grad():
+        assert table.attrs['accuracy'] == score(learn.model) == predictions(learn, 2).right.mean()
+        assert table.accuracy.tolist() == [score(replaced(learn.model, o)) for o in table.block]
+    np.testing.assert_allclose(table['drop'], table.attrs['accuracy'] - table.accuracy)
+    plain = [] if block.skip else ['body.layer2.0', 'body.layer3.0']
+    assert table.block.tolist() == [o for o in blocks(learn.model) if o not in plain]
+
+
+# gradients
+
+@pytest.mark.parametrize('training', [True, False])
+def test_gradients_by_hand(training):
+    model, x, y = small_net(ResBlock), torch.rand(6, 3, 16, 16, dtype=torch.float64), torch.arange(6) % 5
+    model.body.layer1.requires_grad_(False)
+    flow = gradient_flow(model, x, y, training)
+    with torch.inference_mode(): pd.testing.assert_frame_equal(flow, gradient_flow(model, x, y, training))
+    hand = copy.deepcopy(model).requires_grad_(True).train(training)
+    F.cross_entropy(hand(x), y).backward()
+    convs = {n: m for n, m in hand.named_modules() if isinstance(m, nn.Conv2d)}
+    assert flow.layer.tolist() == [*convs] and flow.layer[0] == 'body.conv1'
+    np.testing.assert_allclose(flow.gradient, [m.weight.grad.norm().item() for m in convs.values()], rtol=1e-9)
+    np.testing.assert_allclose(flow.weight, [m.weight.norm().item() for m in convs.values()], rtol=1e-9)
+
+
+# what cannot be done
+
+BAD = dict(
+    no_test_set=(lambda o: predictions(o, 3), '3 sets'),
+    negative=(lambda o: delete_blocks(o, -1), '3 sets'),
+    not_a_set=(lambda o: features(o, 'val'), '3 sets'),
+    other_table=(lambda o: confident_errors(pd.DataFrame(dict(a=[1]))), 'no column right, probability'),
+    other_images=(lambda o: show_predictions(o, predictions(o, 0), 1), 'not images of set 1'),
+    no_set=(lambda o: show_predictions(o, predictions(o), 5), '3 sets'),
+    no_image=(lambda o: show_predictions(o, predictions(o).head(0)), 'from 1 to 100'),
+    no_column=(lambda o: show_predictions(o, predictions(o), cols=0), 'cols must'),
+    other_vocab=(lambda o: class_table(predictions(o), ['tench']), "has the class 'English_springer'"),
+    not_square=(lambda o: plot_confusion(pd.DataFrame(np.ones((2, 3)))), 'as many rows'),
+    how=(lambda o: embed(np.ones((9, 3)), 'umap'), "'pca' or 'tsne'"),
+    nan=(lambda o: embed(np.full((9, 3), np.nan)), 'finite'),
+    few=(lambda o: embed(np.ones((3, 3)), 'tsne'), '5 images'),
+    labels=(lambda o: plot_embedding(np.ones((3, 2)), [0, 1], 'ab'), '(N, 2)'),
+    label=(lambda o: plot_embedding(np.ones((2, 2)), [0, 2], 'ab'), 'from 0 to 1'),
+    no_conv=(lambda o: plot_filters(nn.Linear(2, 2)), 'no convolution'),
+    grey=(lambda o: filtered(o.model, X[0, :1]), '(N, 3, H, W)'),
+    bytes=(lambda o: filtered(o.model, (X[0]*255).byte()), 'floats'),
+    path=(lambda o: filtered(o.model, 'photo.jpg'), 'not str'),
+    several=(lambda o: feature_maps(o.model, X, 'body'), 'x has 4'),
+    tiny=(lambda o: feature_maps(o.model, X[0, :, :2, :2], 'body'), 'too small'),
+    flat=(lambda o: feature_maps(o.model, X[0], 'head'), 'no maps'),
+    maps=(lambda o: plot_maps(X), '(C, h, w)'),
+    unknown=(lambda o: features(o, layer='body.layer9'), "no layer 'body.layer9'"),
+    unused=(lambda o: features(o, layer=nn.ReLU()), 'does not use'),
+    unequal=(lambda o: gradient_flow(o.model, X, Y[:2]), 'for each of 4 images'),
+    large=(lambda o: gradient_flow(o.model, X, Y + 1), 'from 0 to 2'),
+    float=(lambda o: gradient_flow(o.model, X, Y.float()), 'number of a class'),
+    block=(lambda o: without_block(o.model, 'body.layer1').__enter__(), 'body.layer1.0'),
+    no_block=(lambda o: without_block(nn.Linear(2, 2), 'x').__enter__(), 'none'))
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_one_sentence(learn, case):
+    look, says = BAD[case]
+    with pytest.raises(InputError) as e: look(learn)
+    assert says in str(e.value) and '\n' not in str(e.value)
+
+
+def test_networks_that_do_not_fit(three):
+    dls = LOADERS['stock'](three, 4)
+    with pytest.raises(InputError, match='3 classes'): predictions(Learner(dls, cifar_resnet(8, 5)))
+    broken = resnet_learner(dls, 'cifar_resnet8')
+    nn.init.constant_(broken.model.head.fc.weight, np.nan)
+    with pytest.raises(InputError, match='not finite'): predictions(broken)
+    other = Learner(dls, nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))
+    assert blocks(other.model) == []
+    with pytest.raises(InputError, match='no block'): delete_blocks(other)
+    assert len(predictions(other)) == 12 and len(gradient_flow(other.model, X, Y)) == 1
+    assert features(other, layer='0')[0].shape == (12, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+def test_on_a_gpu(three):
+    dls = get_data(three, 24, 16, 4, num_workers=0, device='cuda')
+    learn = resnet_learner(dls, 'cifar_resnet8')
+    table = predictions(learn)
+    show_predictions(learn, table)
+    plot_filters(learn.model)
+    assert features(learn)[0].shape == (12, 64) and len(delete_blocks(learn)) == 3
+    assert filtered(learn.model, X[0]).device.type == 'cpu' and len(gradient_flow(learn.model, X, Y))
+    overlay(X[0], grad_cam(learn.model, X.cuda())[0])
