@@ -19,7 +19,7 @@ from torch import nn, Tensor
 from .blocks import BottleneckBlock, InputError, PreActBlock, ResBlock
 from .data import open_image
 
-# %% ../nbs/06_explain.ipynb #a65a9647
+# %% ../nbs/06_explain.ipynb #fa753977
 @contextmanager
 def _looking(model): # in evaluation mode, without gradients
     flags = [(m, m.training) for m in model.modules()]
@@ -65,12 +65,13 @@ def predictions(
     "item, truth, predicted, probability (of that), truth_probability, loss, right; all (N, classes) in `.attrs`"
     dl,names = _loader(learn, ds_idx),np.array(learn.dls.vocab, dtype=object)
     logits,truth = _logits(learn, dl)
-    p,each,said = logits.softmax(1),torch.arange(len(truth)),logits.argmax(1)
+    loss = F.cross_entropy(logits, truth, reduction='none').numpy()
+    p,truth = logits.softmax(1).numpy(),truth.numpy()
+    each,said = np.arange(len(p)),p.argmax(1)
     table = pd.DataFrame(dict(
         item=pd.Series(list(dl.dataset.items), dtype=object), truth=names[truth], predicted=names[said],
-        probability=p[each, said], truth_probability=p[each, truth],
-        loss=F.cross_entropy(logits, truth, reduction='none'), right=(said == truth).numpy()))
-    table.attrs['probabilities'] = p.numpy().view(Probabilities)
+        probability=p[each, said], truth_probability=p[each, truth], loss=loss, right=said == truth))
+    table.attrs['probabilities'] = p.view(Probabilities)
     return table
 
 # %% ../nbs/06_explain.ipynb #e221562e
