@@ -136,7 +136,7 @@ def wrong_quotes(
     text:str # Markdown
 ) -> list: # one sentence each
     "Quoted figures that their files do not hold"
-    said = []
+    said,text = [],re.sub(r'```.*?```|`[^`]*`', '', text, flags=re.S) # code may show how to quote
     for shown,name,pointer in QUOTE.findall(text):
         try: value = look_up(load_result(name), pointer)
         except InputError as e: said.append(f'{shown}: {e}')

@@ -451,7 +451,7 @@ def fine_tune(
         workers=None if hasattr(dl, 'resident') else dl.fake_l.num_workers,
         parameters=sum(p.numel() for p in learn.model.parameters()), versions=versions(), commit=git_commit(),
         device=describe_device(learn.dls.device), data=data))
-    path,lock,refused,found = None,None,None,(None, False)
+    path,lock,refused,stopped,found = None,None,None,None,(None, False)
     hold_interrupts(True) # a folder that is there tells what it is
     try:
         if is_main():
@@ -461,18 +461,18 @@ def fine_tune(
             if not found[1]: _recorder(learn, path, config, found[0]).write_metrics('running')
     except InputError as e: refused = str(e)
     except OSError as e: refused = f'{e.filename} could not be written ({e.strerror})'
-    except BaseException:
-        hold_interrupts(False)
-        raise
+    except KeyboardInterrupt as e: stopped = e # heard by another thread
     try:
         hold_interrupts(False) # raises one that came in between
+        if stopped: raise stopped
         refused,state,finished = gather((refused, *found))[0]
         if refused: raise InputError(refused)
         learn.run_path = Path(runs).expanduser()/name
         if finished: return _load_last(learn, json_lines)
         return _train(learn, config, state, cycles, json_lines, tensorboard, sync_bn, cbs)
     except KeyboardInterrupt: # before the training has begun; later it says so itself
-        if is_main() and not refused and read_json(path/'metrics.json').get('status') == 'running':
+        begun = lock is not None and lock.is_locked and not refused and not found[1]
+        if begun and (not (path/'metrics.json').exists() or read_json(path/'metrics.json')['status'] == 'running'):
             with suppress(OSError): _recorder(learn, path, config, found[0]).write_metrics('interrupted')
         raise
     finally:

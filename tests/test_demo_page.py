@@ -41,6 +41,7 @@ def browser(tmp_path):
     driver.quit()
 
 
+@pytest.mark.slow
 def test_page(digits_run, digit_files, start_cli, browser, tmp_path):
     server = start_cli('resnet_demo', digits_run, '--port', 0)
     address = wait(lambda: re.search(r'http://127\.0\.0\.1:\d+', (tmp_path/'out').read_text()), 120)[0]

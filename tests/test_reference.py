@@ -105,6 +105,7 @@ def test_same_operations(name):
     assert operations(ARCHS[name](), x) == operations(getattr(models, name)(), x)
 
 
+@pytest.mark.slow
 def test_real_weights(tmp_path, record_property):
     "Photo for photo what torchvision's ResNet-50 says with its strides moved to the first 1x1 convolution"
     weights, folder = shared_file('resnet50-v1-imagenet-fp16.safetensors'), extract_photos(tmp_path, val=20)

@@ -254,7 +254,10 @@ def test_ctrl_c_that_waits_until_the_run_has_begun(tmp_path, monkeypatch):
         write(self, status, **more)
         if status == 'running': os.kill(os.getpid(), signal.SIGINT)
     monkeypatch.setattr(runs.Checkpointer, 'write_metrics', interrupted)
-    with pytest.raises(KeyboardInterrupt): fine_tune(resnet_learner(get_data('digits'), 'cifar_resnet8'), 'mine')
+    before = signal.signal(signal.SIGINT, signal.default_int_handler) # which pytest-xdist has taken away
+    try:
+        with pytest.raises(KeyboardInterrupt): fine_tune(resnet_learner(get_data('digits'), 'cifar_resnet8'), 'mine')
+    finally: signal.signal(signal.SIGINT, before)
     assert read(tmp_path/'runs'/'mine', 'metrics.json')['status'] == 'interrupted'
     assert names(tmp_path/'runs'/'mine') == ['config.json', 'metrics.json']
 

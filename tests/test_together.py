@@ -54,6 +54,7 @@ def test_one_process_reports_and_writes(whole):
         ['average.safetensors', 'best.safetensors', 'last.safetensors']
 
 
+@pytest.mark.slow
 def test_killed_process_ends_the_run_and_resume_goes_on(whole, tmp_path):
     "Within a minute, with a sentence and a non-zero code; then the end is that of the undisturbed run, to the bit"
     run = tmp_path/'runs'/'mine'

@@ -1,4 +1,4 @@
-"""Tutorials and labs run from an empty folder: with few images for every edit, and whole by make test-tutorials."""
+"""Tutorials and labs run from an empty folder: with few images, and whole by make test-tutorials."""
 import json
 import os
 import shutil
@@ -44,7 +44,8 @@ def execute(name, data, cwd, timeout, **env):
     assert r.returncode == 0, r.stderr[-4000:]
 
 
-@pytest.mark.parametrize('name', PAGES)
+@pytest.mark.parametrize('name', [o if o == 'imagenette_resnet34.ipynb' else pytest.param(o, marks=pytest.mark.slow)
+                                  for o in PAGES])
 def test_few_images(name, few, tmp_path): execute(name, few, tmp_path, 300, IN_TEST='1')
 
 
