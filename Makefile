@@ -1,9 +1,9 @@
-# make demo | test | test-slow | test-tutorials | test-latest | prepare | outputs | results | dist | clean      PYTHON=python3.12 to choose the Python of a new .venv
+# make demo | test | test-slow | test-tutorials | test-latest | prepare | outputs | results | docs | dist | clean      PYTHON=python3.12 to choose the Python of a new .venv
 PYTHON ?= python3
 FLAGS ?= slow
 BIN := .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-tutorials test-latest prepare outputs results dist clean
+.PHONY: help demo test test-slow test-tutorials test-latest prepare outputs results docs dist clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -41,12 +41,15 @@ outputs: .venv/.installed ## run all notebooks, the tutorials' short runs too, a
 results: .venv/.installed ## which published figures are current, which stale, and which pages show older ones
 	@$(BIN)/python .ci/results.py
 
+docs: .venv/.installed ## build the site of the pages, with their stored outputs, into _docs/
+	@$(BIN)/python .ci/docs.py
+
 dist: .venv/.installed ## build the wheel into dist/
 	@rm -rf dist
 	$(BIN)/python -m build -q --wheel --installer uv
 
 clean: ## remove what make made, except .venv and runs/
-	rm -rf dist build *.egg-info .pytest_cache
+	rm -rf _docs dist build *.egg-info .pytest_cache
 
 .venv/.installed: settings.ini setup.py .ci/venv.py
 	@command -v $(PYTHON) >/dev/null || { echo '$(PYTHON) is not there: install Python, or name one, as in make demo PYTHON=/path/to/python3' >&2; exit 2; }

@@ -1,4 +1,5 @@
 "Everything is in settings.ini; this file only hands it to setuptools."
+import re
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -13,6 +14,13 @@ cfg = config['DEFAULT']
 url = f"https://github.com/{cfg['user']}/{cfg['repo']}"
 
 
+def long_description():
+    "README.md with whole addresses, since PyPI has none of the files that it links to"
+    pages, files = f"{url}/blob/{cfg['branch']}/", f"{url}/raw/{cfg['branch']}/"
+    whole = lambda m: m[0] + (files if m[0][0] == '!' else pages)
+    return re.sub(r'!?\[[^\]]*\]\((?!https?:|#)', whole, (here/'README.md').read_text(encoding='utf-8'))
+
+
 class WithResults(build_py):
     "The published figures travel in the wheel, since the tutorials read them"
     def run(self):
@@ -25,7 +33,7 @@ class WithResults(build_py):
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
-    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    long_description=long_description(), long_description_content_type='text/markdown',
     author=cfg['author'], author_email=cfg['author_email'], license='Apache-2.0', url=url,
     packages=find_packages(include=[cfg['lib_path'] + '*']), python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
