@@ -106,8 +106,8 @@ def test_links_to_the_repository(pages, docs):
     tracked = set(run(['git', 'ls-files']).stdout.splitlines())
     if not tracked: pytest.skip('there is no git repository')
     own = f'{docs.cfg["user"]}/{docs.cfg["repo"]}'
-    pattern = re.compile(rf'https://(github\.com|colab\.research\.google\.com/github)/{own}/(blob|edit)/([^/]+)/([^#?]+)'
-                         r'(?:#L(\d+)-L(\d+))?')
+    pattern = re.compile(r'https://(github\.com|colab\.research\.google\.com/github)'
+                         rf'/{own}/(blob|edit)/([^/]+)/([^#?]+)(?:#L(\d+)-L(\d+))?')
     colab = set()
     for page, soup in pages.items():
         for a in soup.find_all('a', href=True):

@@ -43,7 +43,7 @@ def test_no_page_shows_older_values():
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda o: o.stem)
 def test_no_figure_of_merit_is_typed(page):
-    "A fraction of three and more digits in prose is a measured one, so it is a quote or computed, but for powers of ten"
+    "A fraction of three and more digits in prose was measured, so it is a quote or computed, but for powers of ten"
     text = re.sub(r'```.*?```|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\]\([^)]*\)|\[[^\]]*\](?=\()|https?://\S+', '', prose(page),
                   flags=re.S)
     assert re.findall(r'(?<![\w.])0\.(?!0*1\b)\d{3,}|\d[\d.]*\s*(?:images/s|img/s)', text) == []
