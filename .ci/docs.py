@@ -165,7 +165,8 @@ def write_sources(src, groups, pages, results):
 
 
 def run_sphinx(src, out, tmp):
-    from sphinx.cmd.build import main
+    try: from sphinx.cmd.build import main
+    except ImportError: sys.exit('Sphinx is not installed: it needs Python 3.11 or newer (make docs PYTHON=python3.12)')
     name = dict(project=cfg['lib_name'], html_title=cfg['lib_name'], release=cfg['version'], author=cfg['author'],
                 copyright=cfg['copyright'], html_baseurl=f'https://{cfg["user"]}.github.io/{cfg["repo"]}/')
     theme = dict(repository_url=github, repository_branch=cfg['branch'])

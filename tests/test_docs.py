@@ -143,6 +143,23 @@ def test_figures(built, pages, docs):
             assert row and len(row.find_all('td')) == 2, (page, a)
 
 
+def test_quoted_figures(docs):
+    "By a JSON pointer or by names with dots; a value in a list leads to the list, one that is not there to its file"
+    results = dict(a={'values': {'best one': {'x/s': 1.5}, 'rate': dict(low=1, median=2, high=3), 'all': [1, 2]}})
+    def led(link): return re.fullmatch('<a class="figure" href="../measured.html#(.+)">7</a>', made(f'[7]({link})'))[1]
+    def made(text): return docs.figure_links(text, results, '../')
+    assert led('../results/a.json#/values/best%20one/x~1s') == 'a.values.best-one.x/s'
+    assert led('../results/a.json#values.rate.median') == 'a.values.rate.median'
+    assert led('results/a.json#/values/all/1') == 'a.values.all'
+    assert led('results/a.json#/values/none') == led('results/a.json') == 'a'
+    page = docs.measured_page(dict(a=dict(results['a'], what='A < B')), 'https://x')
+    assert all(f'id="a.values.{o}"' in page for o in ('best-one.x/s', 'rate', 'rate.median', 'all'))
+    assert '| 2 (1 to 3) |' in page and r'A \< B.' in page
+    kept = '```\n[7](results/a.json)\n```'
+    assert made(kept) == kept
+    with pytest.raises(SystemExit, match='results/b.json, which is not there'): made('[7](results/b.json)')
+
+
 def test_for_programs(built, pages, docs):
     "llms.txt lists every page; each has a Markdown copy whose links lead somewhere, without marks of MyST"
     text = (built.folder/'llms.txt').read_text(encoding='utf-8')

@@ -107,7 +107,7 @@ def test_help_is_quick_and_complete(command, flags, tmp_path):
 
 
 @in_project
-@pytest.mark.parametrize('name', ['test.yaml', 'gpu.yaml'])
+@pytest.mark.parametrize('name', ['test.yaml', 'gpu.yaml', 'docs.yaml'])
 def test_workflow(name):
     path, tool = ROOT/'.github'/'workflows'/name, Path(sys.executable).with_name('check-jsonschema')
     if not tool.exists(): pytest.skip('check-jsonschema is not installed')

@@ -21,7 +21,8 @@ that others have published, with their source. `make results` in the repository 
 
 
 def leaves(value, path=()):
-    "(keys, value) of all that is not a dictionary"
+    "(keys, value) of all that is neither a dictionary nor a list of them"
+    if isinstance(value, list) and any(isinstance(o, dict) for o in value): value = dict(enumerate(value))
     if isinstance(value, dict) and not spread(value):
         for k, v in value.items(): yield from leaves(v, (*path, str(k)))
     else: yield path, value
