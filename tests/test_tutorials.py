@@ -76,3 +76,10 @@ def test_form(name):
     assert code.count('full_run = False') == 1
     assert sum('conditions(full_run' in o for o in code) == 1
     assert '**The outputs stored on this page are those of the short run' in '\n'.join(text)
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'nbs').glob('*.ipynb')), ids=lambda o: o.stem)
+def test_pages_open_in_colab(path):
+    "Those of the library, too, begin by installing what is missing"
+    code = [''.join(o['source']) for o in json.loads(path.read_text())['cells'] if o['cell_type'] == 'code']
+    assert code[0] == f'#| hide\n{FIRST}'
