@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['QUOTED', 'MEASURED', 'QUOTE', 'results_folder', 'results_there', 'load_result', 'lacking', 'save_result',
-           'changed_since', 'result_states', 'look_up', 'holds', 'wrong_quotes', 'fingerprint', 'results_used',
-           'conditions']
+           'changed_since', 'result_states', 'pointer_keys', 'look_up', 'holds', 'wrong_quotes', 'fingerprint',
+           'results_used', 'conditions']
 
 # %% ../nbs/06_results.ipynb #2bf80fe2
 import ast, hashlib, json, os, re, subprocess
 from datetime import date
 from pathlib import Path
+from urllib.parse import unquote
 
 import pandas as pd
 import resnet_nbdev
@@ -108,7 +109,14 @@ def result_states() -> pd.DataFrame: # indexed by name; columns what, state, cha
     return pd.DataFrame(rows).T.rename_axis('result')
 
 # %% ../nbs/06_results.ipynb #c1ac54ff
-QUOTE = re.compile(r'\[([^\]]+)\]\((?:[\w./]*/)?results/(\w+)\.json#((?:/[^)/]+)+)\)')
+QUOTE = re.compile(r'\[([^\]]+)\]\((?:[\w./]*/)?results/([\w.-]+)\.json(?:#([^)\s]*))?\)') # shown, name, pointer
+
+def pointer_keys(
+    pointer:str # such as /values/best%20epoch/images~1s
+) -> list: # the names that it goes through
+    "A JSON pointer in a link, taken apart"
+    if not pointer.startswith('/'): raise InputError(f'{pointer!r} is no JSON pointer, such as /values/accuracy')
+    return [unquote(o).replace('~1', '/').replace('~0', '~') for o in pointer.split('/')[1:]]
 
 def look_up(
     result:dict,
@@ -116,8 +124,7 @@ def look_up(
 ):
     "What a JSON pointer points at"
     at = result
-    for key in pointer.split('/')[1:]:
-        key = key.replace('%20', ' ').replace('~1', '/').replace('~0', '~')
+    for key in pointer_keys(pointer):
         try: at = at[int(key) if isinstance(at, list) else key]
         except (KeyError, IndexError, ValueError, TypeError): raise InputError(f'there is no {pointer}') from None
     return at
@@ -138,6 +145,7 @@ def wrong_quotes(
     "Quoted figures that their files do not hold"
     said,text = [],re.sub(r'```.*?```|`[^`]*`', '', text, flags=re.S) # code may show how to quote
     for shown,name,pointer in QUOTE.findall(text):
+        if not pointer and not re.search(r'\d', shown) and results_there(name): continue # a link to the file
         try: value = look_up(load_result(name), pointer)
         except InputError as e: said.append(f'{shown}: {e}')
         else:

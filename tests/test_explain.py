@@ -302,10 +302,6 @@ def small_net(block, kind='B'):
     return randomised(custom_resnet([2, 2], [8, 16], 5, block=block, stem='cifar', shortcut_kind=kind)).double()
 
 
-class Sequence(nn.Sequential):  # a block that was made by hand
-    pass
-
-
 def replaced(model, name):
     "A copy of the network that never had the block, only what goes around it"
     model = copy.deepcopy(model)
@@ -314,7 +310,7 @@ def replaced(model, name):
     if block.preact: layers = [block.bn1, nn.ReLU(), *layers] if layers else []
     elif block.skip: layers = [*layers, nn.ReLU()]
     stage, i = name.rsplit('.', 1)
-    model.get_submodule(stage)[int(i)] = Sequence(*layers)
+    model.get_submodule(stage)[int(i)] = nn.Sequential(*layers)
     return model
 
 

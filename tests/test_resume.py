@@ -330,7 +330,7 @@ VARIANTS = dict(
     average=(dict(ema=None, average=2, epochs=3), [
         ('after replace state.safetensors', 2), ('before unlink 00001.safetensors', 1),
         ('after replace average.safetensors', 1)]),
-    accumulate=(dict(accumulate=48, freeze_epochs=2), [('training 2', 2), ('training 4', 4)]),
+    accumulate=(dict(accumulate=48, freeze_epochs=2), [('training 2', 2), ('training 3', 1), ('training 4', 4)]),
     mixup=(dict(mixup=0.4), [('training 3', 3)]),
     cutmix=(dict(cutmix=1.), [('training 3', 3)]),
     dropout=(dict(dropout=0.5, hidden=8), [('training 2', 2), ('training 3', 3)]),

@@ -42,6 +42,8 @@ def execute(name, data, cwd, timeout, **env):
     env = environment(RESNET_DATA=str(data), RESNET_WEIGHTS=str(shared_file(WEIGHTS)), **env)
     r = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     assert r.returncode == 0, r.stderr[-4000:]
+    runs = [json.loads((o/'metrics.json').read_text())['status'] for o in (cwd/'runs').glob('*')]
+    assert set(runs) <= {'finished'} and (runs or name != 'imagenette_resnet34.ipynb')
 
 
 @pytest.mark.parametrize('name', [o if o == 'imagenette_resnet34.ipynb' else pytest.param(o, marks=pytest.mark.slow)
@@ -49,8 +51,8 @@ def execute(name, data, cwd, timeout, **env):
 def test_few_images(name, few, tmp_path): execute(name, few, tmp_path, 300, IN_TEST='1')
 
 
-@pytest.mark.tutorials
-@pytest.mark.parametrize('name', PAGES)
+@pytest.mark.parametrize('name', [pytest.param(o, marks=pytest.mark.slow if o == 'imagenette_resnet34.ipynb' else
+                                               pytest.mark.tutorials) for o in PAGES])
 def test_short_run(name, whole, tmp_path):
     "At most 5 minutes each on two quiet cores"
     execute(name, whole, tmp_path, 1500, OMP_NUM_THREADS=str(os.cpu_count()))

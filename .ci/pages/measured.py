@@ -1,15 +1,15 @@
 "The page of measured figures: a section for each file in nbs/results, a place for each of its values"
 import json
-import re
 import sys
-from urllib.parse import unquote
+
+from resnet_nbdev.blocks import InputError
+from resnet_nbdev.results import QUOTE, look_up, pointer_keys
 
 from .notebooks import escape, prose_only
 
 VALUES = 'values', 'baseline'
 CONDITIONS = ('source', 'images', 'data', 'note', 'seeds', 'spread', 'command', 'code', 'commit', 'device', 'versions',
               'date')
-LINK = re.compile(r'\[([^\]]+)\]\((?:[\w./]*/)?results/([\w.-]+)\.json(?:#([^)\s]*))?\)')
 INTRO = '''# Measured figures
 
 {.subtitle}
@@ -86,22 +86,20 @@ def measured_page(results, commit_url):
     return text
 
 
-def keys_of(pointer):
-    "Of a JSON pointer such as /values/best/images~1s, or of names with dots between them"
-    if not pointer.startswith('/'): return tuple(unquote(pointer).split('.')) if pointer else ()
-    return tuple(unquote(o).replace('~1', '/').replace('~0', '~') for o in pointer.split('/')[1:])
-
-
 def figure_links(text, results, up):
     "Links to values in results/NAME.json become links to their rows; `up` leads from the page to the site's root"
     def linked(m):
         said, name, pointer = m.groups()
         if name not in results: sys.exit(f'a page quotes {said} from results/{name}.json, which is not there')
+        keys = ()
+        if pointer:
+            try: look_up(results[name], pointer)
+            except InputError as e: sys.exit(f'a page quotes {said} from results/{name}.json: {e}')
+            keys = tuple(pointer_keys(pointer))
         rows = {o for p, v in leaves(results[name]) for o in [p, *((*p, k) for k in (v if spread(v) else ()))]}
-        keys = keys_of(pointer or '')
-        while keys and keys not in rows: keys = keys[:-1]
+        while keys and keys not in rows: keys = keys[:-1]  # a value in a list leads to the list
         return f'<a class="figure" href="{up}measured.html#{place(name, keys)}">{said}</a>'
-    return prose_only(text, lambda s: LINK.sub(linked, s))
+    return prose_only(text, lambda s: QUOTE.sub(linked, s))
 
 
 def read_results(folder):
