@@ -3,14 +3,16 @@
 A cell with the flag `net`, which downloads, is passed over, and one with `cuda` where there is no GPU. Everything else
 runs, whatever its flags; the tutorials take their images from $RESNET_DATA, if it is set. Large pictures are stored in
 256 colours, so that a notebook stays below 1 MB. A tutorial runs in an empty folder, as in Colab. The results that a
-page reads are noted in its metadata.
+page reads are noted in its metadata. Printed are the minutes that each notebook took, and its three slowest cells.
 """
 import base64
 import io
 import os
 import sys
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
 
 import nbformat
 from nbclient import NotebookClient
@@ -38,12 +40,22 @@ def smaller(png):
     return base64.b64encode(to.getvalue()).decode()
 
 
+def seconds(cell):
+    "How long a cell ran; its times are taken out of its metadata, which then says nothing of the day"
+    times = [datetime.fromisoformat(t.replace('Z', '+00:00')) for t in cell.metadata.pop('execution', {}).values()]
+    return (max(times) - min(times)).total_seconds() if times else 0
+
+
 def run(path):
-    print(path.name, flush=True)
+    print(path.name, end='', flush=True)
+    start = perf_counter()
     nb = nbformat.read(path, 4)
     with TemporaryDirectory() as empty:
         cwd = empty if path.parent.name == 'tutorials' else str(path.parent)
         Client(nb, timeout=None, kernel_name='python3', resources={'metadata': {'path': cwd}}).execute()
+    slow = sorted(((seconds(c), c.source) for c in nb.cells), reverse=True)[:3]
+    print(f': {(perf_counter() - start) / 60:.1f} minutes')
+    for t, source in slow: print(f'{t:8.1f} s  {source.splitlines()[-1][:80] if source else ""}', flush=True)
     nb.metadata['results'] = results_used(c.source for c in nb.cells if c.cell_type == 'code')
     for o in [o for c in nb.cells for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]:
         o.data['image/png'] = smaller(o.data['image/png'])
