@@ -130,7 +130,9 @@ SPLITS = 'train','val','test'
 
 def split_limits(max_per_class) -> dict: # split -> most images of a class, or None
     "One number is for training and validation; a pair for one each, and test goes with validation"
-    train,val = max_per_class if isinstance(max_per_class, (tuple, list)) else (max_per_class,)*2
+    pair = max_per_class if isinstance(max_per_class, (tuple, list)) else (max_per_class,)*2
+    if len(pair) != 2: raise InputError(f'max_per_class is one number or a pair (train, val), not {max_per_class!r}')
+    train,val = pair
     for o in (train, val): check_counts(max_per_class=o)
     return dict(train=train, val=val, test=val)
 

@@ -25,7 +25,7 @@ import resnet_nbdev
 from .blocks import InputError
 from .checkpoints import (as_plain, file_sha, learner_state, random_state, read_state, read_tensor_file,
     set_learner_state, set_random_state, stage_file, state_file, tensor_file, write_file, write_json)
-from .data import check_counts, find_images, get_data, image_loader, open_data, settings_of
+from .data import check_counts, find_images, get_data, image_loader, open_data, settings_of, split_limits
 from .distributed import alone, gather, is_main, join, lost_peer, rank, ranks, scaled_lr, together
 from resnet_nbdev.learner import (Plan, bare, build_network, check_kind, check_optimizer, check_shape, described,
     find_plan, find_recipe, group_rates, plan_cycles, plot_predictions, resnet_learner, run_cycle, stage_groups,
@@ -659,7 +659,8 @@ def run_recipe(
     if file != 'imagenet' and isinstance(file, (str, Path)) and not Path(file).expanduser().is_file():
         raise InputError(f"there is no weights file {file}")
     check_optimizer(r.get('opt'))
-    check_counts(**{k: r.get(k) for k in ('presize', 'resize', 'bs', 'max_per_class')})
+    check_counts(**{k: r.get(k) for k in ('presize', 'resize', 'bs')})
+    split_limits(r.get('max_per_class'))
     check_counts(0, workers=r.get('workers'))
     scaled_lr(r['base_lr'], 1, r.get('scale_lr') or 'sqrt')
     training_tools(device or 'cpu', **{k: r[k] for k in _names(training_tools) - {'device', 'bn'} if k in r})

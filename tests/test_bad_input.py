@@ -14,7 +14,7 @@ from resnet_nbdev.blocks import InputError
 from resnet_nbdev.cli import resnet_fine_tune
 from resnet_nbdev.data import CATALOGUE, data_path, find_images, get_data
 from resnet_nbdev.resnet import ARCHS
-from resnet_nbdev.runs import load_run, predict, run_path
+from resnet_nbdev.runs import load_run, predict, run_path, run_recipe
 
 
 
@@ -118,6 +118,12 @@ def test_counts_below_one(what, value, folder, tmp_path):
     refuses(f'{what} must be a whole number of at least 1, and is {value}',
             resnet_fine_tune, str(folder), runs=str(tmp_path/'runs'), **{**small, what: value})
     assert not (tmp_path/'runs').exists()
+
+
+@pytest.mark.parametrize('value, says', [((4, 2, 1), 'one number or a pair'), ((4, 0), 'must be a whole number')])
+def test_pairs_that_are_none(value, says, folder, tmp_path):
+    refuses(['max_per_class', says], run_recipe, dict(source=str(folder)), runs=tmp_path/'runs', max_per_class=value)
+    refuses(['max_per_class', says], get_data, folder, max_per_class=value)
 
 
 def test_no_epochs(refused_here, folder):

@@ -17,7 +17,7 @@ from resnet_nbdev.blocks import InputError
 from resnet_nbdev.data import get_data, settings_of
 from resnet_nbdev.learner import resnet_learner
 from resnet_nbdev.resnet import create_resnet
-from resnet_nbdev.runs import fine_tune, load_run, predict, write_file
+from resnet_nbdev.runs import fine_tune, load_run, predict, run_recipe, write_file
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -93,6 +93,14 @@ def test_same_seed_same_run_and_another_seed_another(digits_run, run_cli, tmp_pa
     assert data[0] == data[1] == data[2]
     assert (losses(other).train_loss != losses(same).train_loss).all()
     assert (other/'last.safetensors').read_bytes() != (same/'last.safetensors').read_bytes()
+
+
+def test_a_recipe_with_limits_for_each_split(tmp_path):
+    few = lambda **kw: run_recipe(dict(source='digits'), 'few', runs=tmp_path, freeze_epochs=0, epochs=1, device='cpu',
+                                  max_per_class=(8, 4), json_lines=True, **kw)
+    info = few().dls.info
+    assert (info['train'], info['val']) == (80, 40)
+    assert few(resume=True).run_path == tmp_path/'few'
 
 
 def test_best_weights_are_those_of_the_best_epoch(folder, tmp_path, monkeypatch):
