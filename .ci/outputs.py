@@ -2,12 +2,14 @@
 
 A cell with the flag `net`, which downloads, is passed over, and one with `cuda` where there is no GPU. Everything else
 runs, whatever its flags; the tutorials take their images from $RESNET_DATA, if it is set. Large pictures are stored in
-256 colours, so that a notebook stays below 1 MB. A tutorial runs in an empty folder, as in Colab. The results that a
-page reads are noted in its metadata. Printed are the minutes that each notebook took, and its three slowest cells.
+256 colours, so that a notebook stays below 1 MB. A tutorial runs in an empty folder, as in Colab; the figures that it
+saves there go to nbs/results. The results that a page shows are noted in its metadata. Printed are the minutes that each
+notebook took, and its three slowest cells.
 """
 import base64
 import io
 import os
+import shutil
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -53,6 +55,7 @@ def run(path):
     with TemporaryDirectory() as empty:
         cwd = empty if path.parent.name == 'tutorials' else str(path.parent)
         Client(nb, timeout=None, kernel_name='python3', resources={'metadata': {'path': cwd}}).execute()
+        for o in Path(empty).glob('*.json'): shutil.copy(o, root/'nbs'/'results')
     slow = sorted(((seconds(c), c.source) for c in nb.cells), reverse=True)[:3]
     print(f': {(perf_counter() - start) / 60:.1f} minutes')
     for t, source in slow: print(f'{t:8.1f} s  {source.splitlines()[-1][:80] if source else ""}', flush=True)

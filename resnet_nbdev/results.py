@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUOTED', 'MEASURED', 'QUOTE', 'results_folder', 'results_there', 'load_result', 'lacking', 'save_result',
            'changed_since', 'result_states', 'pointer_keys', 'look_up', 'holds', 'wrong_quotes', 'fingerprint',
-           'results_used', 'conditions']
+           'results_used', 'conditions', 'save_page']
 
 # %% ../nbs/06_results.ipynb #2bf80fe2
 import ast, hashlib, json, os, re, subprocess
@@ -56,7 +56,7 @@ def save_result(
     what:str, # one sentence
     values:dict,
     command:str, # that made it
-    device, # that it ran on
+    device, # that it ran on, or what `describe_device` says of it
     *,
     data:str, # images, and how they differ from the official set
     code:list|tuple, # modules of this package that were measured, such as 'resnet'
@@ -67,7 +67,7 @@ def save_result(
     "Write a figure with its conditions"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, dict(what=what, values=values, data=data, seeds=list(seeds), spread=spread, **facts,
-                          command=command, code=list(code), commit=git_commit(), device=describe_device(device),
+                          command=command, code=list(code), commit=git_commit(), device=device if isinstance(device, dict) else describe_device(device),
                           versions=versions(), date=str(date.today())))
 
 # %% ../nbs/06_results.ipynb #0991fbaf
@@ -163,9 +163,10 @@ def fingerprint(
 def results_used(
     sources # code of a page's cells
 ) -> dict: # {name: fingerprint}
-    "The results that a page's code names"
+    "The results that a page's code names, and that of its own short run"
     text = '\n'.join(sources)
-    names = [o.stem for o in sorted(results_folder().glob('*.json')) if f"'{o.stem}'" in text]
+    saved = {f'{o}_short' for o in re.findall(r"save_page\('(\w+)'", text)}
+    names = [o.stem for o in sorted(results_folder().glob('*.json')) if f"'{o.stem}'" in text or o.stem in saved]
     return {o: fingerprint(load_result(o)) for o in names}
 
 # %% ../nbs/06_results.ipynb #58068f1c
@@ -181,4 +182,25 @@ def conditions(
     facts = {'run': 'full run' if full_run else 'short run', 'device': f"{kind}, {device['name']}",
              'cores': os.cpu_count(), 'threads': device['threads']}
     used = {k: v for k,v in versions().items() if k in ('python', 'resnet_nbdev', 'torch', 'fastai')}
-    return pd.Series({**facts, **used, **more}, dtype=object).to_frame('these outputs')
+    shown = pd.Series({**facts, **used, **more}, dtype=object).to_frame('these outputs')
+    shown.attrs = dict(full_run=full_run, device=device, data=', '.join(f'{k}: {v}' for k,v in more.items()))
+    return shown
+
+# %% ../nbs/06_results.ipynb #21f7fc1e
+def save_page(
+    name:str, # of the page, such as 'degradation'
+    told:pd.DataFrame, # from `conditions`: the size of the run, its device and its data
+    what:str, # one sentence
+    values:dict,
+    *,
+    code:list|tuple, # as in `save_result`
+    seeds:list|tuple, # as in `save_result`
+    spread:str='none: one run', # as in `save_result`
+    folder:str|Path='.', # where the file goes
+    **facts # whatever else a reader has to know
+):
+    "What a page measured, as NAME_short.json or NAME_full.json"
+    full,device,data = (told.attrs[k] for k in ('full_run', 'device', 'data'))
+    save_result(Path(folder)/f"{name}_{'full' if full else 'short'}.json", what, values,
+                f'nbs/tutorials/{name}.ipynb with full_run = {full}', device, data=data, code=code, seeds=seeds,
+                spread=spread, **facts)

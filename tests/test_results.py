@@ -41,6 +41,14 @@ def test_no_page_shows_older_values():
     assert [*script['older_pages']()] == [], 'run python .ci/outputs.py PAGE'
 
 
+@pytest.mark.parametrize('page', [o for o in PAGES if 'save_page(' in o.read_text() and o.parent.name == 'tutorials'],
+                         ids=lambda o: o.stem)
+def test_page_and_its_figures_are_of_one_run(page):
+    name = f'{page.stem}_short'
+    assert nbformat.read(page, 4).metadata.results[name] == fingerprint(load_result(name))
+    assert f'(../results/{name}.json)' in prose(page)
+
+
 @pytest.mark.parametrize('page', PAGES, ids=lambda o: o.stem)
 def test_no_figure_of_merit_is_typed(page):
     "A fraction of three and more digits in prose was measured, so it is a quote or computed; settings are code"

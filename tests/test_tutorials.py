@@ -8,6 +8,7 @@ import zipfile
 
 import pytest
 from conftest import ROOT, environment, extract_photos, imagenette_zip, shared_file
+from resnet_nbdev.results import lacking
 
 pytest.importorskip('nbconvert', reason='a development tool, not installed beside the wheel')
 PAGES = sorted(o.name for o in (ROOT/'nbs'/'tutorials').glob('*.ipynb'))
@@ -44,6 +45,9 @@ def execute(name, data, cwd, timeout, **env):
     assert r.returncode == 0, r.stderr[-4000:]
     runs = [json.loads((o/'metrics.json').read_text())['status'] for o in (cwd/'runs').glob('*')]
     assert set(runs) <= {'finished'} and (runs or name != 'imagenette_resnet34.ipynb')
+    figures = {o.name: json.loads(o.read_text()) for o in cwd.glob('*.json')}
+    assert list(figures) == ([] if name == 'famous_errors.ipynb' else [name.replace('.ipynb', '_short.json')])
+    assert not any(set(lacking(o)) - {'commit'} for o in figures.values()), 'a wheel has no commit'
 
 
 @pytest.mark.parametrize('name', [o if o == 'imagenette_resnet34.ipynb' else pytest.param(o, marks=pytest.mark.slow)
