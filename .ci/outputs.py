@@ -3,8 +3,8 @@
 A cell with the flag `net`, which downloads, is passed over, and one with `cuda` where there is no GPU. Everything else
 runs, whatever its flags; the tutorials take their images from $RESNET_DATA, if it is set. Large pictures are stored in
 256 colours, so that a notebook stays below 1 MB. A tutorial runs in an empty folder, as in Colab; the figures that it
-saves there go to nbs/results. The results that a page shows are noted in its metadata. Printed are the minutes that each
-notebook took, and its three slowest cells.
+saves there go to nbs/results. The results that a page shows are noted in its metadata. Printed are the minutes that
+each notebook took, and its three slowest cells.
 """
 import base64
 import io

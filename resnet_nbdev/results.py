@@ -66,9 +66,10 @@ def save_result(
 ):
     "Write a figure with its conditions"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(device, dict): device = describe_device(device)
     write_json(path, dict(what=what, values=values, data=data, seeds=list(seeds), spread=spread, **facts,
-                          command=command, code=list(code), commit=git_commit(), device=device if isinstance(device, dict) else describe_device(device),
-                          versions=versions(), date=str(date.today())))
+                          command=command, code=list(code), commit=git_commit(), device=device, versions=versions(),
+                          date=str(date.today())))
 
 # %% ../nbs/06_results.ipynb #0991fbaf
 def _meaning(source): # of Python code, without its docstrings
