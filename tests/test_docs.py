@@ -131,7 +131,7 @@ def test_pictures_are_described(pages):
 
 
 def test_figures(built, pages, docs):
-    "Each file has a section and a copy; what a page quotes leads to a row of it"
+    "Each file has a section and a copy; what a page quotes leads to a row of it, and a link to the file to its section"
     measured, files = pages['measured.html'], sorted((ROOT/'nbs'/'results').glob('*.json'))
     assert files
     for o in files:
@@ -139,8 +139,10 @@ def test_figures(built, pages, docs):
         assert (built.folder/'results'/o.name).read_bytes() == o.read_bytes()
     for page, soup in pages.items():
         for a in soup.select('a.figure'):
-            row = measured.find(id=unquote(urldefrag(a['href'])[1])).find_parent('tr')
-            assert row and len(row.find_all('td')) == 2, (page, a)
+            to = unquote(urldefrag(a['href'])[1])
+            place = measured.find(id=to)
+            if to in {o.stem for o in files}: assert place.find_next('h3').get_text().startswith(to), (page, a)
+            else: assert len(place.find_parent('tr').find_all('td')) == 2, (page, a)
 
 
 def test_quoted_figures(docs):
