@@ -229,6 +229,7 @@ def test_export_with_free_sizes(options, multiples):
             close(exported(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (os.environ.get('CXX') or any(map(shutil.which, ('g++', 'c++', 'clang++')))),
                     reason='there is no C++ compiler')
 @pytest.mark.skipif(' ' in torch.__file__, reason='torch cannot link against itself in a path with a space')

@@ -449,6 +449,7 @@ def start_script(folder, log, pause, home):
                             env=environment(FASTAI_HOME=str(home)), start_new_session=True)
 
 
+@pytest.mark.slow
 def test_processes(pictures, tmp_path, own_cache, opened):
     "One is killed while it decodes; of the two that come next, one decodes and both have the pixels; then we have them"
     home, log = tmp_path/'home', tmp_path/'log'
