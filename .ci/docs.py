@@ -208,7 +208,8 @@ def build(out):
         src = Path(tmp)/'src'
         src.mkdir()
         made = write_sources(src, groups, pages, results)
-        failed = run_sphinx(src, out, Path(tmp)/'doctrees')
+        failed = run_sphinx(src, Path(tmp)/'site', Path(tmp)/'doctrees')  # MyST-NB leaves its pictures beside it
+        shutil.move(Path(tmp)/'site', out)
     write_texts(out, groups, pages, made)
     shutil.copytree(nbs/'results', out/'results')
     (out/'_static/scripts/fontawesome.js').write_text('')  # 1.5 MB a page for icons that are in the theme's font, too

@@ -66,6 +66,7 @@ def docs():
 def test_build(built):
     assert built.code == 0 and built.said.count('\n') == 1, built.said
     assert 'python -m http.server -d' in built.said
+    assert not (built.folder.parent/'jupyter_execute').exists(), 'MyST-NB writes beside the site'
 
 
 def test_every_notebook_has_its_place(docs, pages):
