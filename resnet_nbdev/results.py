@@ -56,7 +56,7 @@ def save_result(
     what:str, # one sentence
     values:dict,
     command:str, # that made it
-    device, # that it ran on, or what `describe_device` says of it
+    device, # that it ran on
     *,
     data:str, # images, and how they differ from the official set
     code:list|tuple, # modules of this package that were measured, such as 'resnet'
@@ -66,10 +66,9 @@ def save_result(
 ):
     "Write a figure with its conditions"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not isinstance(device, dict): device = describe_device(device)
     write_json(path, dict(what=what, values=values, data=data, seeds=list(seeds), spread=spread, **facts,
-                          command=command, code=list(code), commit=git_commit(), device=device, versions=versions(),
-                          date=str(date.today())))
+                          command=command, code=list(code), commit=git_commit(), device=describe_device(device),
+                          versions=versions(), date=str(date.today())))
 
 # %% ../nbs/06_results.ipynb #0991fbaf
 def _meaning(source): # of Python code, without its docstrings
@@ -178,10 +177,11 @@ def conditions(
 ) -> pd.DataFrame: # one column
     "On what, and with which versions, the outputs of a page were made"
     from fastai.torch_core import default_device
-    device = describe_device(default_device() if device is None else device)
-    kind = 'CPU' if device['type'] == 'cpu' else device['type'].upper()
-    facts = {'run': 'full run' if full_run else 'short run', 'device': f"{kind}, {device['name']}",
-             'cores': os.cpu_count(), 'threads': device['threads']}
+    device = str(default_device() if device is None else device)
+    there = describe_device(device)
+    kind = 'CPU' if there['type'] == 'cpu' else there['type'].upper()
+    facts = {'run': 'full run' if full_run else 'short run', 'device': f"{kind}, {there['name']}",
+             'cores': os.cpu_count(), 'threads': there['threads']}
     used = {k: v for k,v in versions().items() if k in ('python', 'resnet_nbdev', 'torch', 'fastai')}
     shown = pd.Series({**facts, **used, **more}, dtype=object).to_frame('these outputs')
     shown.attrs = dict(full_run=full_run, device=device, data=', '.join(f'{k}: {v}' for k,v in more.items()))

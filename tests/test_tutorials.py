@@ -55,8 +55,9 @@ def execute(name, data, cwd, timeout, **env):
 def test_few_images(name, few, tmp_path): execute(name, few, tmp_path, 300, IN_TEST='1')
 
 
-@pytest.mark.parametrize('name', [pytest.param(o, marks=pytest.mark.slow if o == 'imagenette_resnet34.ipynb' else
-                                               pytest.mark.tutorials) for o in PAGES])
+@pytest.mark.tutorials
+@pytest.mark.parametrize('name', [pytest.param(o, marks=pytest.mark.slow) if o == 'imagenette_resnet34.ipynb' else o
+                                  for o in PAGES])
 def test_short_run(name, whole, tmp_path):
     "At most 5 minutes each on two quiet cores"
     execute(name, whole, tmp_path, 1500, OMP_NUM_THREADS=str(os.cpu_count()))
