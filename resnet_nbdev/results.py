@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['QUOTED', 'MEASURED', 'QUOTE', 'results_folder', 'results_there', 'load_result', 'lacking', 'save_result',
-           'changed_since', 'result_states', 'pointer_keys', 'look_up', 'holds', 'wrong_quotes', 'fingerprint',
-           'results_used', 'conditions', 'save_page']
+           'definitions', 'package_at', 'depends_on', 'changed_since', 'result_states', 'pointer_keys', 'look_up',
+           'holds', 'wrong_quotes', 'fingerprint', 'results_used', 'conditions', 'save_page']
 
 # %% ../nbs/06_results.ipynb #2bf80fe2
-import ast, hashlib, json, os, re, subprocess
+import ast, hashlib, io, json, os, re, subprocess, tarfile
 from datetime import date
+from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -59,7 +60,7 @@ def save_result(
     device, # that it ran on
     *,
     data:str, # images, and how they differ from the official set
-    code:list|tuple, # modules of this package that were measured, such as 'resnet'
+    code:list|tuple, # what was measured: functions, classes or modules of this package, such as 'resnet34'
     seeds:list|tuple=(), # of the runs; none for times
     spread:str='none: one run', # what the values say of the spread
     **facts # whatever else a reader has to know
@@ -70,30 +71,79 @@ def save_result(
                           command=command, code=list(code), commit=git_commit(), device=describe_device(device),
                           versions=versions(), date=str(date.today())))
 
-# %% ../nbs/06_results.ipynb #0991fbaf
-def _meaning(source): # of Python code, without its docstrings
-    tree = ast.parse(source)
-    for o in ast.walk(tree):
-        if isinstance(o, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(o, clean=False) is not None:
+# %% ../nbs/06_results.ipynb #b7c90621
+def _statement(node): # how Python sees it, without docstrings
+    for o in ast.walk(node):
+        if isinstance(o, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(o, clean=False) is not None:
             o.body = o.body[1:] or [ast.Pass()]
-    return ast.dump(tree)
+    return ast.dump(node)
 
+# %% ../nbs/06_results.ipynb #92271683
+def _defined(node): # names that a statement of a module gives a meaning, or changes
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef)): return [node.name]
+    targets = getattr(node, 'targets', None) or [getattr(node, 'target', None)]
+    return [o.id for t in filter(None, targets) for o in ast.walk(t) if isinstance(o, ast.Name)]
+
+# %% ../nbs/06_results.ipynb #0c1972fa
+def definitions(
+    source:str # of a module
+) -> dict: # {name: (what it is, as text; the names it uses that the module defines or imports)}
+    "What a module defines"
+    found,tree = {},ast.parse(source)
+    there = {a.asname or a.name for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) for a in o.names}
+    there |= {name for node in tree.body for name in _defined(node)}
+    for node in tree.body:
+        used = {o.id for o in ast.walk(node) if isinstance(o, ast.Name)} & there
+        for name in _defined(node):
+            was,needs = found.get(name, ('', set()))
+            found[name] = was + _statement(node), needs | used
+    return found
+
+# %% ../nbs/06_results.ipynb #30a1d72e
+def package_at(
+    commit:str|None=None # None: as it is now
+) -> dict: # {module: its `definitions`}; empty for a commit that is not there
+    "The code of this package"
+    folder = Path(resnet_nbdev.__file__).parent
+    if commit is None: sources = {o.stem: o.read_text() for o in folder.glob('*.py')}
+    else: sources = _sources_at(folder, commit.removesuffix('-dirty'))
+    return {k: definitions(v) for k,v in sources.items() if not k.startswith('_')}
+
+@cache
+def _sources_at(folder, commit): # {module: its text}
+    try: tar = subprocess.run(['git', 'archive', commit, '.'], cwd=folder, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError): return {}
+    if tar.returncode: return {}
+    with tarfile.open(fileobj=io.BytesIO(tar.stdout)) as t:
+        files = [o for o in t.getmembers() if o.name.endswith('.py') and '/' not in o.name.removeprefix('./')]
+        return {Path(o.name).stem: t.extractfile(o).read().decode() for o in files}
+
+# %% ../nbs/06_results.ipynb #83aeaa72
+def depends_on(
+    package:dict, # from `package_at`
+    entry:str # a module, or the name of a function, class or constant
+) -> set: # of (module, name)
+    "The definitions of the package behind a figure: those of a module, or a function with all that it needs"
+    if entry in package: return {(entry, o) for o in package[entry]}
+    found,new = set(),{(m, entry) for m,names in package.items() if entry in names}
+    while new:
+        found |= new
+        used = {(m, o) for m,name in new for o in package[m][name][1]}
+        new = {(m, o) if o in package[m] else (other, o) for m,o in used
+               for other in package if o in package[m] or o in package[other]} - found
+    return found
+
+# %% ../nbs/06_results.ipynb #089e4ce0
 def changed_since(
     commit:str, # as in a result's file
-    modules:list # of this package
-) -> list: # those whose code is no longer the same, or cannot be compared
-    "Which modules do something else than at a commit, as far as their code tells"
-    folder = Path(resnet_nbdev.__file__).parent
-    def then(name): # a module of today may have had another name
-        r = subprocess.run(['git', 'show', f"{commit.removesuffix('-dirty')}:./{name}.py"], cwd=folder,
-                           capture_output=True, text=True, timeout=20)
-        return r.stdout if r.returncode == 0 else None
-    def same(name):
-        try: old,new = then(name),(folder/f'{name}.py').read_text()
-        except OSError: return False
-        return old is not None and _meaning(old) == _meaning(new)
-    return [o for o in modules if not same(o)]
+    code:list # as in a result's file: names of modules, functions, classes or constants
+) -> list: # those that are no longer the same, or cannot be compared
+    "What does something else than at a commit, as far as its code tells, wherever it stands now"
+    then,now = package_at(commit),package_at()
+    def same(module, name): return any(then[module][name][0] == o[name][0] for o in now.values() if name in o)
+    return [o for o in code if not (needs := depends_on(then, o)) or not all(same(*n) for n in needs)]
 
+# %% ../nbs/06_results.ipynb #3a45671c
 def result_states() -> pd.DataFrame: # indexed by name; columns what, state, changed, commit, date
     "All published figures: current, stale, or quoted from others"
     rows = {}

@@ -135,6 +135,41 @@ def test_stale_is_what_changed_in_meaning(repository, now, stale):
     assert changed_since(commit, ['net']) == changed_since(f'{commit}-dirty', ['net']) == ['net']*stale
 
 
+def test_a_move_keeps_a_figure_current(repository):
+    "What counts is the definition, in whichever module it stands and however it is written"
+    file, commit = repository
+    file.write_text('X = 1\n')
+    file.with_name('other.py').write_text('def f(x): return (x\n+ 1)')
+    assert changed_since(commit, ['net', 'f']) == []
+    file.with_name('other.py').write_text('def f(x): return x - 1')
+    assert changed_since(commit, ['net', 'f']) == ['net', 'f']
+
+
+@pytest.fixture
+def three(repository):
+    "Modules of which the second needs the first, and the third nothing; and their commit"
+    folder = repository[0].parent
+    sources = {'low': 'SCALE = 2\ndef double(x): return x*SCALE', 'high': 'from .low import double\ndef top(x): return double(x)',
+               'aside': 'def apart(double): return double'}
+    for name, text in sources.items(): (folder/f'{name}.py').write_text(text)
+    run = lambda *args: subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@example.org', *args], cwd=folder,
+                                       capture_output=True, text=True, check=True).stdout
+    run('add', '.')
+    run('commit', '-q', '-m', 'three')
+    return folder, run('rev-parse', 'HEAD').strip()
+
+
+@pytest.mark.parametrize('module, text, stale', [
+    ('low', 'SCALE = 3\ndef double(x): return x*SCALE', ['double', 'top']),
+    ('low', 'SCALE = 2\nSCALE += 1\ndef double(x): return x*SCALE', ['double', 'top']),
+    ('low', 'MORE = 1\ndef more(x): return x\nSCALE = 2\ndef double(x): return x*SCALE', []),
+    ('aside', 'def apart(double): return -double', ['apart']), ('high', 'def top(x): return x', ['top'])])
+def test_a_figure_ages_with_all_that_it_needs(three, module, text, stale):
+    folder, commit = three
+    (folder/f'{module}.py').write_text(text)
+    assert changed_since(commit, ['apart', 'double', 'top']) == stale
+
+
 def test_stale_is_what_cannot_be_compared(repository):
     file, commit = repository
     assert changed_since('0'*40, ['net']) == ['net'] and changed_since(commit, ['net', 'other']) == ['other']
