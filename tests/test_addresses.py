@@ -17,8 +17,9 @@ import zlib
 
 import pytest
 from PIL import Image
-from resnet_nbdev.blocks import InputError
-from resnet_nbdev.data import fetch_image, find_images, is_public, open_image
+from resnet_nbdev.core import InputError
+from resnet_nbdev.images import open_image
+from resnet_nbdev.web import fetch_image, find_images, is_public
 
 from conftest import noise
 
@@ -289,7 +290,7 @@ def test_redirects_in_a_ring(answers):
 @pytest.mark.parametrize('status', [301, 302, 303, 307, 308])
 def test_redirect_to_this_machine(status, answers, monkeypatch):
     "The first server counts as public here; the one that it sends to is real"
-    monkeypatch.setattr('resnet_nbdev.data.is_public', lambda address: address == '127.0.0.1')
+    monkeypatch.setattr('resnet_nbdev.web.is_public', lambda address: address == '127.0.0.1')
     answers.pages = {'/a.png': (200, {}, PNG)}
     for i, o in enumerate(['169.254.169.254', '[::1]', '2130706434', '10.0.0.1:80']):
         answers.pages[f'/{i}'] = status, {'Location': f'http://{o}/a.png'}, b''

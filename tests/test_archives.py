@@ -19,8 +19,9 @@ import zipfile
 import fastprogress.fastprogress as fastprogress
 import pytest
 from resnet_nbdev import archives
-from resnet_nbdev.archives import disk_room, download, human, unpack
-from resnet_nbdev.blocks import InputError
+from resnet_nbdev.archives import download, unpack
+from resnet_nbdev.files import disk_room, format_bytes
+from resnet_nbdev.core import InputError
 
 from conftest import environment
 
@@ -121,7 +122,7 @@ def get(net, tmp_path):
 # sizes
 
 def test_human():
-    assert [human(o) for o in (0, 1, 999, 1000, 999_499, 999_500, 1e6, 5e8, 1.5e12, 4e15)] == [
+    assert [format_bytes(o) for o in (0, 1, 999, 1000, 999_499, 999_500, 1e6, 5e8, 1.5e12, 4e15)] == [
         '0 B', '1 B', '999 B', '1 kB', '999 kB', '1 MB', '1 MB', '500 MB', '1.5 TB', '4e+03 TB']
 
 

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from resnet_nbdev.blocks import InputError
+from resnet_nbdev.core import InputError
 from resnet_nbdev.cli import resnet_fine_tune
-from resnet_nbdev.data import CATALOGUE, data_path, find_images, get_data
+from resnet_nbdev.catalogue import CATALOGUE, data_path
+from resnet_nbdev.data import get_data
+from resnet_nbdev.web import find_images
 from resnet_nbdev.resnet import ARCHS
-from resnet_nbdev.runs import load_run, predict, run_path, run_recipe
+from resnet_nbdev.folders import run_path
+from resnet_nbdev.recipes import run_recipe
+from resnet_nbdev.runs import load_run, predict
 
 
 
@@ -138,7 +142,7 @@ def test_negative_resize(refused_here):
     ('epochs', 0), ('freeze_epochs', -1), ('base_lr', math.nan), ('max_per_class', 0), ('workers', -1), ('bs', 0)])
 def test_numbers_are_looked_at_before_a_download(name, value, monkeypatch, tmp_path):
     def fetch(files, dest): raise AssertionError('a download of 1.6 GB began')
-    monkeypatch.setattr('resnet_nbdev.data.fetch', fetch)
+    monkeypatch.setattr('resnet_nbdev.catalogue.fetch', fetch)
     refuses(f'{name} must', resnet_fine_tune, 'imagenette', runs=str(tmp_path/'runs'), **{name: value})
 
 

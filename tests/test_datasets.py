@@ -24,9 +24,13 @@ import torchvision
 from fastai.vision.all import Pipeline, TensorImage, imagenet_stats
 from PIL import Image
 from resnet_nbdev import data
-from resnet_nbdev.blocks import InputError
-from resnet_nbdev.data import (CATALOGUE, DEFAULTS, PLAIN, Picture, channel_stats, check_data, class_counts, data_path,
-                               datasets, image_tfms, open_image, plot_counts, read_idx, read_images, settings_of)
+from resnet_nbdev.core import InputError
+from resnet_nbdev.augment import image_tfms
+from resnet_nbdev.catalogue import CATALOGUE, DEFAULTS, PLAIN, data_path, datasets, settings_of
+from resnet_nbdev.data import class_counts
+from resnet_nbdev.images import Picture, channel_stats, open_image
+from resnet_nbdev.inspection import check_data, plot_counts
+from resnet_nbdev.layouts import read_idx, read_images
 from resnet_nbdev.runs import load_run
 from scipy.io import loadmat, savemat
 

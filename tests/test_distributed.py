@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from resnet_nbdev.blocks import InputError
+from resnet_nbdev.core import InputError
 from resnet_nbdev.distributed import gather, join, lost_peer, ranks
 
 from conftest import environment, script
@@ -41,8 +41,9 @@ START = '''
 import json, os, random, signal, sys, time, zlib
 import numpy as np, torch
 from fastai.vision.all import *
-from resnet_nbdev.blocks import InputError
-from resnet_nbdev.data import PLAIN, get_data
+from resnet_nbdev.core import InputError
+from resnet_nbdev.catalogue import PLAIN
+from resnet_nbdev.data import get_data
 from resnet_nbdev.distributed import *
 from resnet_nbdev.learner import resnet_learner
 from resnet_nbdev.resident import resident_data

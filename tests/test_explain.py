@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from conftest import make_folder, randomised
 from fastai.vision.all import ClassificationInterpretation, Learner
 from PIL import Image
-from resnet_nbdev.blocks import BLOCKS, BottleneckBlock, InputError, PlainBlock, PreActBlock, ResBlock
+from resnet_nbdev.blocks import BLOCKS, BottleneckBlock, PlainBlock, PreActBlock, ResBlock
+from resnet_nbdev.core import InputError
 from resnet_nbdev.data import get_data, image_loader
 from resnet_nbdev.explain import *
 from resnet_nbdev.learner import resnet_learner
 from resnet_nbdev.resident import resident_data
-from resnet_nbdev.resnet import cifar_resnet, custom_resnet
+from resnet_nbdev.networks import custom_resnet
+from resnet_nbdev.resnet import cifar_resnet
 from torch import nn
 
 WNIDS = 'n01440764', 'n02102040', 'n03394916'  # tench, English_springer, French_horn: in another order by name

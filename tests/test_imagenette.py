@@ -4,7 +4,8 @@ import os
 import zipfile
 
 import pytest
-from resnet_nbdev.data import IMAGENETTE_CLASSES, class_counts, data_path, get_data
+from resnet_nbdev.catalogue import IMAGENETTE_CLASSES, data_path
+from resnet_nbdev.data import class_counts, get_data
 
 from conftest import imagenette_zip, run_command
 

@@ -9,8 +9,9 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, features
-from resnet_nbdev.blocks import InputError
-from resnet_nbdev.data import check_images, list_images, open_image
+from resnet_nbdev.core import InputError
+from resnet_nbdev.images import check_images, open_image
+from resnet_nbdev.layouts import list_images
 
 from conftest import make_folder, noise
 

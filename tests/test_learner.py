@@ -19,12 +19,17 @@ import torch
 import torch.nn.functional as F
 from fastai.vision.all import Callback, DataLoader, DataLoaders, MixedPrecision, set_seed
 from resnet_nbdev import resident, runs as runs_module
-from resnet_nbdev.blocks import InputError
+from resnet_nbdev.core import InputError
 from resnet_nbdev.data import get_data, image_loader
-from resnet_nbdev.learner import (PLANS, RECIPES, SCHEDULES, Plan, build_network, pick_precision, plan_cycles,
-    plan_table, resnet_learner, run_cycle, stage_groups)
-from resnet_nbdev.resnet import ARCHS, create_resnet, custom_resnet
-from resnet_nbdev.runs import compare_runs, fine_tune, load_run, predict, run_recipe
+from resnet_nbdev.devices import pick_precision
+from resnet_nbdev.learner import resnet_learner
+from resnet_nbdev.plans import PLANS, SCHEDULES, Plan, build_network, plan_cycles, plan_table, run_cycle, stage_groups
+from resnet_nbdev.recipes import RECIPES
+from resnet_nbdev.networks import custom_resnet
+from resnet_nbdev.resnet import ARCHS, create_resnet
+from resnet_nbdev.recipes import run_recipe
+from resnet_nbdev.runs import compare_runs, load_run, predict
+from resnet_nbdev.training import fine_tune
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -719,7 +724,7 @@ def no_download(*args): raise AssertionError('a download of 1.6 GB began')
 
 @pytest.mark.parametrize('args', WRONG)
 def test_wrong_values_are_refused_before_a_download(args, refused_here, monkeypatch):
-    monkeypatch.setattr('resnet_nbdev.data.fetch', no_download)
+    monkeypatch.setattr('resnet_nbdev.catalogue.fetch', no_download)
     refused_here('resnet_fine_tune', 'imagenette', *args.split(), says=[WRONG[args]])
 
 
@@ -735,7 +740,7 @@ def test_what_does_not_fit_together(args, refused_here, folder):
 
 
 def test_wrong_recipes(tmp_path, monkeypatch):
-    monkeypatch.setattr('resnet_nbdev.data.fetch', no_download)
+    monkeypatch.setattr('resnet_nbdev.catalogue.fetch', no_download)
     for recipe, says in [('S6', "unknown recipe 'S6'"), (dict(), 'needs a source'),
                          (dict(source='imagenette', colour='red'), 'has no colour'),
                          (dict(source='imagenette', plan='late', cut=9.5), 'cut must'),

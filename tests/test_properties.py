@@ -12,8 +12,10 @@ import torch
 
 from conftest import HOME, environment, randomised
 from resnet_nbdev.blocks import BLOCKS, SHORTCUTS
-from resnet_nbdev.resnet import (ARCHS, STEMS, cifar_resnet, create_resnet, custom_resnet, layer_table, load_weights,
-                                 plot_network, resnet18, torchvision_state)
+from resnet_nbdev.layers import layer_table, plot_network
+from resnet_nbdev.networks import STEMS, custom_resnet
+from resnet_nbdev.resnet import ARCHS, cifar_resnet, create_resnet, resnet18
+from resnet_nbdev.weights import load_weights, torchvision_state
 
 os.environ['HYPOTHESIS_STORAGE_DIRECTORY'] = HOME  # else it makes a folder where pytest was started
 from hypothesis import HealthCheck, given, settings, strategies as st

@@ -5,8 +5,9 @@ import torch
 from torchvision import models
 
 from conftest import extract_photos, randomised, shared_file
-from resnet_nbdev.bench import differences, imagenette_photos, logits_of, operations, stride_logits, top_accuracy
-from resnet_nbdev.resnet import ARCHS, create_resnet, load_weights, resnet50, torchvision_state
+from resnet_nbdev.agreement import compare_networks, imagenette_photos, logits_of, operations, stride_logits, top_accuracy
+from resnet_nbdev.resnet import ARCHS, create_resnet, resnet50
+from resnet_nbdev.weights import load_weights, torchvision_state
 
 PARAMETERS = dict(resnet18=11_689_512, resnet34=21_797_672, resnet50=25_557_032, resnet101=44_549_160,
                   resnet152=60_192_808)
@@ -23,7 +24,7 @@ def assert_same(ours, theirs, dtype, size, record):
     torch.manual_seed(0)
     x = torch.randn(2, 3, size, size, dtype=dtype)
     for train in (False, True):
-        found = differences(ours.to(dtype), theirs.to(dtype), x, train)
+        found = compare_networks(ours.to(dtype), theirs.to(dtype), x, train)
         record(f'{size} px, {dtype}, train={train}', found)
         assert all(v < LARGEST[dtype] for v in found.values()), found  # not max, which can pass over NaN
 

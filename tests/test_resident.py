@@ -26,12 +26,17 @@ from scipy.stats import chi2_contingency, ks_2samp
 
 from conftest import environment, extract_photos, noise
 from resnet_nbdev import resident
-from resnet_nbdev.blocks import InputError
-from resnet_nbdev.data import FITS, PLAIN, fix_augment, get_data, image_tfms, open_image
-from resnet_nbdev.learner import plot_predictions, resnet_learner
-from resnet_nbdev.resident import (draw_augment, homographies, middle, resident_bytes, resident_data, room_for,
-    shrink_to, tables, warp_cv2, warp_torch)
-from resnet_nbdev.runs import fine_tune, predict
+from resnet_nbdev.core import InputError
+from resnet_nbdev.augment import FITS, fix_augment, image_tfms
+from resnet_nbdev.catalogue import PLAIN
+from resnet_nbdev.data import get_data
+from resnet_nbdev.images import open_image
+from resnet_nbdev.learner import resnet_learner
+from resnet_nbdev.predictions import plot_predictions
+from resnet_nbdev.resident import valid_pixels, resident_bytes, resident_data, room_for
+from resnet_nbdev.warps import draw_augment, homographies, shrink_to, lookup_tables, warp_cv2, warp_torch
+from resnet_nbdev.runs import predict
+from resnet_nbdev.training import fine_tune
 
 CPU = torch.device('cpu')
 CLASSES = 'coarse', 'fine', 'medium'
@@ -431,7 +436,7 @@ def test_a_failure_while_decoding(pictures, own_cache, monkeypatch):
 SCRIPT = textwrap.dedent('''
     import os, sys, time
     from resnet_nbdev import resident
-    from resnet_nbdev.data import open_image
+    from resnet_nbdev.images import open_image
     folder, log, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
     def slow(o):
         with open(log, 'a') as f: f.write(f'{o}\\n')
@@ -705,7 +710,7 @@ def stock_pictures(squares, drawn, size, mode='bilinear', pad_mode='reflection')
 def our_pictures(squares, drawn, size, mode='bilinear', pad_mode='reflection', stats=None):
     "The same by OpenCV and by torch"
     presize = squares.shape[1]
-    side, H, T = shrink_to(drawn, presize, size), homographies(drawn, presize, size), tables(drawn, stats)
+    side, H, T = shrink_to(drawn, presize, size), homographies(drawn, presize, size), lookup_tables(drawn, stats)
     assert H.shape == (len(drawn), 3, 3) and T.shape == (len(drawn), 3, 256)
     by_cv2 = np.full((len(drawn), 3, size, size), np.nan, np.float32)
     for i in range(len(drawn)): warp_cv2(squares[i], H[i], T[i], by_cv2[i], side, mode, pad_mode)
@@ -790,7 +795,7 @@ def test_one_pixel():
     "In a process of its own, as OpenCV never comes back from its bicubic reflection of a single pixel"
     code = """
         import numpy as np
-        from resnet_nbdev.resident import warp_cv2
+        from resnet_nbdev.warps import warp_cv2
         out = np.zeros((3, 4, 4), np.float32)
         table = np.tile(np.arange(256, dtype=np.float32), (3, 1))
         warp_cv2(np.full((1, 1, 3), 200, np.uint8), np.eye(3) + .1, table, out, 1, 'bicubic')
@@ -816,10 +821,10 @@ def test_tables():
     for t in setup_aug_tfms([Brightness(draw=drawn.brightness.tolist(), p=1.),
                              Contrast(draw=drawn.contrast.tolist(), p=1.)]): x = t(x, split_idx=0)
     mean, std = (torch.tensor(o)[:, None] for o in imagenet_stats)
-    np.testing.assert_allclose(tables(drawn, None), x[:, :, 0], atol=1e-4)
-    np.testing.assert_allclose(tables(drawn, imagenet_stats), (x[:, :, 0] - mean)/std, atol=1e-3)
-    np.testing.assert_allclose(tables(None, None)[0], np.tile(np.arange(256)/255, (3, 1)), atol=1e-7)
-    assert tables(drawn, None).dtype == np.float32
+    np.testing.assert_allclose(lookup_tables(drawn, None), x[:, :, 0], atol=1e-4)
+    np.testing.assert_allclose(lookup_tables(drawn, imagenet_stats), (x[:, :, 0] - mean)/std, atol=1e-3)
+    np.testing.assert_allclose(lookup_tables(None, None)[0], np.tile(np.arange(256)/255, (3, 1)), atol=1e-7)
+    assert lookup_tables(drawn, None).dtype == np.float32
 
 
 # batches beside fastai's
@@ -1101,7 +1106,7 @@ def test_middle(pictures):
     "It leaves its input alone and says what the validation transforms say"
     squares = np.stack([waves(i, (50, 50)) for i in range(3)])
     before, tfms = squares.copy(), image_tfms(50, 30, None, 'crop', 'imagenet')[1]
-    found = middle(squares, tfms)
+    found = valid_pixels(squares, tfms)
     x = TensorImage(torch.from_numpy(squares).permute(0, 3, 1, 2).float()/255)
     for t in tfms[:-1]: x = t(x, split_idx=1)
     assert (squares == before).all() and found.dtype == np.uint8 and found.shape == (3, 30, 30, 3)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import resnet_nbdev
 from conftest import ROOT
-from resnet_nbdev.blocks import InputError
-from resnet_nbdev.results import (changed_since, fingerprint, holds, lacking, load_result, look_up, result_states,
-                                  results_folder, results_there, results_used, wrong_quotes)
+from resnet_nbdev.core import InputError
+from resnet_nbdev.results import (changed_since, fingerprint, quote_matches, missing_conditions, load_result, resolve_pointer, result_states,
+                                  results_folder, has_result, results_used, wrong_quotes)
 
 nbformat = pytest.importorskip('nbformat', reason='a development tool, not installed beside the wheel')
 FILES = sorted((ROOT/'nbs'/'results').glob('*.json'))
@@ -26,7 +26,7 @@ def prose(page): return '\n'.join(c.source for c in nbformat.read(page, 4).cells
 @pytest.mark.parametrize('file', FILES, ids=lambda o: o.stem)
 def test_has_its_conditions(file):
     result = json.loads(file.read_text())
-    assert lacking(result) == []
+    assert missing_conditions(result) == []
     if not result.get('published'):
         assert re.fullmatch('[0-9a-f]{40}(-dirty)?', result['commit'])
         assert {'torch', 'fastai', 'resnet_nbdev'} <= result['versions'].keys()
@@ -91,22 +91,22 @@ def test_a_quote_is_compared_to_its_digits(results):
 @pytest.mark.parametrize('said, value, right', [
     ('1,234', 1234.4, True), ('1,235', 1234.4, False), ('-0.25', -.25, True), ('0.50', .505, False), ('65 s', 65, True),
     ('a GPU', 'a GPU', True), ('a CPU', 'a GPU', False)])
-def test_holds(said, value, right): assert holds(said, value) is right
+def test_holds(said, value, right): assert quote_matches(said, value) is right
 
 
 def test_look_up():
     result = {'a b': [dict(c=1)], 'd/e': 2}
-    assert (look_up(result, '/a%20b/0/c'), look_up(result, '/d~1e')) == (1, 2)
+    assert (resolve_pointer(result, '/a%20b/0/c'), resolve_pointer(result, '/d~1e')) == (1, 2)
     for o in ('/a', '/a b/1', '/a b/0/c/d'):
-        with pytest.raises(InputError, match='there is no'): look_up(result, o)
+        with pytest.raises(InputError, match='there is no'): resolve_pointer(result, o)
 
 
 def test_what_is_missing(results):
     with pytest.raises(InputError, match="no result 'nothing': measured are .*resnet50_strides"): load_result('nothing')
-    assert not results_there('nothing')
+    assert not has_result('nothing')
     result = load_result('resnet50_strides')
-    for k in ('data', 'commit', 'versions'): assert lacking({**result, k: None}) == lacking({**result, k: ''}) == [k]
-    assert lacking({**load_result('he2015_table2'), 'source': ''}) == ['source']
+    for k in ('data', 'commit', 'versions'): assert missing_conditions({**result, k: None}) == missing_conditions({**result, k: ''}) == [k]
+    assert missing_conditions({**load_result('he2015_table2'), 'source': ''}) == ['source']
     (results/'he2015_table2.json').write_text('{')
     with pytest.raises(InputError, match='he2015_table2.json is not readable'): load_result('he2015_table2')
 

@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from resnet_nbdev.blocks import InputError
-from resnet_nbdev.checkpoints import pack, read_state, read_tensor_file, state_file, tensor_file, unpack
-from resnet_nbdev.data import data_path
+from resnet_nbdev.core import InputError
+from resnet_nbdev.checkpoints import flatten_state, read_state, read_tensor_file, state_file, tensor_file, restore_state
+from resnet_nbdev.catalogue import data_path
 from resnet_nbdev.runs import load_run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='the runs are forked from a process with fastai in it')
@@ -426,7 +426,7 @@ def test_all_differences_are_listed(tune, mine, tmp_path):
 
 
 def test_other_augmentation_is_refused(mine, digits, tmp_path, monkeypatch):
-    from resnet_nbdev.runs import run_recipe
+    from resnet_nbdev.recipes import run_recipe
     before = snapshot(mine)
     with pytest.raises(InputError, match=r'data\.augment\.max_rotate was None and is 5'):
         run_recipe(dict({k: v for k, v in BASE.items() if k != 'seed'}, data=digits), 'mine', True, seed=7,
@@ -935,9 +935,9 @@ else:
     @given(VALUES)
     def test_values_come_back(value):
         kept = {}
-        about = json.loads(json.dumps(pack(value, kept)))
+        about = json.loads(json.dumps(flatten_state(value, kept)))
         assert all(isinstance(o, torch.Tensor) for o in kept.values())
-        assert same(unpack(about, kept), value)
+        assert same(restore_state(about, kept), value)
 
     @settings(max_examples=60, **COMMON)
     @given(VALUES)
@@ -982,4 +982,4 @@ def test_one_key_within_another():
     "Names with dots, and a number beside its text"
     value = {'a': {'b': torch.zeros(1)}, 'a.b': torch.ones(1), 1: torch.tensor(2.), '1': torch.tensor(3.)}
     kept = {}
-    assert same(unpack(pack(value, kept), kept), value)
+    assert same(restore_state(flatten_state(value, kept), kept), value)

@@ -13,11 +13,14 @@ import torch
 from fastai.vision.all import Callback, Learner, fastai_path
 from PIL import Image
 from resnet_nbdev import runs
-from resnet_nbdev.blocks import InputError
-from resnet_nbdev.data import get_data, settings_of
+from resnet_nbdev.core import InputError
+from resnet_nbdev.catalogue import settings_of
+from resnet_nbdev.data import get_data
 from resnet_nbdev.learner import resnet_learner
 from resnet_nbdev.resnet import create_resnet
-from resnet_nbdev.runs import fine_tune, load_run, predict, run_recipe, write_file
+from resnet_nbdev.recipes import run_recipe
+from resnet_nbdev.runs import load_run, predict, write_file
+from resnet_nbdev.training import fine_tune
 from safetensors import safe_open
 from safetensors.torch import load_file
 

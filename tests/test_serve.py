@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from resnet_nbdev.blocks import InputError
+from resnet_nbdev.core import InputError
 from resnet_nbdev.checkpoints import tensor_file
 from resnet_nbdev.data import image_loader
 from resnet_nbdev.explain import grad_cam, overlay
-from resnet_nbdev.resnet import cifar_resnet, create_resnet, custom_resnet, load_weights, torchvision_state
+from resnet_nbdev.networks import custom_resnet
+from resnet_nbdev.resnet import cifar_resnet, create_resnet
+from resnet_nbdev.weights import load_weights, torchvision_state
 from resnet_nbdev.runs import load_run, predict
-from resnet_nbdev.serve import (FORMATS, demo_page, describe_run, export_model, export_run, input_recipe, look,
-                                read_upload)
+from resnet_nbdev.demo import demo_page, explain_image, read_upload
+from resnet_nbdev.export import FORMATS, describe_run, export_model, export_run, input_recipe
 from safetensors import safe_open
 
 from conftest import randomised
@@ -271,15 +273,15 @@ def test_overlay_is_where_the_map_is():
 
 def test_look_shows_what_the_network_saw(digits_run, digit_files):
     model, config = load_run(digits_run)
-    probs, seen = look(model, config, digit_files[4])
+    probs, seen = explain_image(model, config, digit_files[4])
     want = predict(digits_run, [digit_files[4]], k=10)
     assert probs == pytest.approx(dict(zip(want['class'], want.probability)), abs=1e-6)
     assert seen.shape == (448, 448, 3)
-    bare = look(model, config, digit_files[4], alpha=0)[1][::28, ::28, 0]
+    bare = explain_image(model, config, digit_files[4], alpha=0)[1][::28, ::28, 0]
     digit = np.asarray(Image.open(digit_files[4]).resize((16, 16), Image.BILINEAR))
     np.testing.assert_allclose(bare, digit, atol=1)
-    assert (look(model, config, digit_files[4], '1')[1] != seen).any()
-    refuses(["no class 'ten'"], look, model, config, digit_files[4], 'ten')
+    assert (explain_image(model, config, digit_files[4], '1')[1] != seen).any()
+    refuses(["no class 'ten'"], explain_image, model, config, digit_files[4], 'ten')
 
 
 def test_uploads(monkeypatch, tmp_path):

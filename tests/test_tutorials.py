@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 from conftest import ROOT, environment, extract_photos, imagenette_zip, shared_file
-from resnet_nbdev.results import lacking
+from resnet_nbdev.results import missing_conditions
 
 pytest.importorskip('nbconvert', reason='a development tool, not installed beside the wheel')
 PAGES = sorted(o.name for o in (ROOT/'nbs'/'tutorials').glob('*.ipynb'))
@@ -47,7 +47,7 @@ def execute(name, data, cwd, timeout, **env):
     assert set(runs) <= {'finished'} and (runs or name != 'imagenette_resnet34.ipynb')
     figures = {o.name: json.loads(o.read_text()) for o in cwd.glob('*.json')}
     assert list(figures) == ([] if name == 'famous_errors.ipynb' else [name.replace('.ipynb', '_short.json')])
-    assert not any(set(lacking(o)) - {'commit'} for o in figures.values()), 'a wheel has no commit'
+    assert not any(set(missing_conditions(o)) - {'commit'} for o in figures.values()), 'a wheel has no commit'
 
 
 @pytest.mark.parametrize('name', [o if o == 'imagenette_resnet34.ipynb' else pytest.param(o, marks=pytest.mark.slow)

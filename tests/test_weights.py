@@ -20,10 +20,10 @@ from torchvision import models
 
 from conftest import randomised
 from resnet_nbdev import resnet
-from resnet_nbdev.blocks import InputError
-from resnet_nbdev.resnet import (ARCHS, IMAGENET, IMAGENET_URL, BottleneckBlock, adapt_conv1, cifar_resnet,
-                                 create_resnet, custom_resnet, imagenet_name, load_weights, resnet18, resnet50,
-                                 torchvision_state)
+from resnet_nbdev.core import InputError
+from resnet_nbdev.networks import custom_resnet
+from resnet_nbdev.resnet import ARCHS, BottleneckBlock, cifar_resnet, create_resnet, resnet18, resnet50
+from resnet_nbdev.weights import IMAGENET, IMAGENET_URL, adapt_conv1, imagenet_name, load_weights, torchvision_state
 
 PICKLES = dict(zip=dict(), legacy=dict(_use_new_zipfile_serialization=False))
 

@@ -3,7 +3,7 @@ import json
 import sys
 
 from resnet_nbdev.blocks import InputError
-from resnet_nbdev.results import QUOTE, look_up, pointer_keys
+from resnet_nbdev.results import QUOTE, resolve_pointer, pointer_keys
 
 from .notebooks import escape, prose_only
 
@@ -93,7 +93,7 @@ def figure_links(text, results, up):
         if name not in results: sys.exit(f'a page quotes {said} from results/{name}.json, which is not there')
         keys = ()
         if pointer:
-            try: look_up(results[name], pointer)
+            try: resolve_pointer(results[name], pointer)
             except InputError as e: sys.exit(f'a page quotes {said} from results/{name}.json: {e}')
             keys = tuple(pointer_keys(pointer))
         rows = {o for p, v in leaves(results[name]) for o in [p, *((*p, k) for k in (v if spread(v) else ()))]}
