@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FITS', 'AUGMENT', 'STATS', 'fix_augment', 'fix_stats', 'image_tfms']
 
-# %% ../nbs/16_augment.ipynb #caa77ed2
+# %% ../nbs/16_augment.ipynb #39aac029
 import inspect, math
 from functools import partial
 import numpy as np, torch
@@ -15,89 +15,133 @@ from fastai.vision.all import aug_transforms, imagenet_stats
 from .catalogue import DEFAULTS
 from .core import InputError, check_counts
 
-# %% ../nbs/16_augment.ipynb #45fba4f6
+# %% ../nbs/16_augment.ipynb #587ca5e0
 class _PadResize(Resize):
     "Black on both sides alike; fastai's puts a training image at a random place between them"
     def before_call(self, b, split_idx): self.pcts = 0.5, 0.5
 
-# %% ../nbs/16_augment.ipynb #d6b2a47b
+# %% ../nbs/16_augment.ipynb #bb5bbc76
 FITS = { # how an image becomes a square of `size` pixels
-    # the shorter side becomes `size`; then training cuts out a random square, and validation the middle
+    # the shorter side becomes `size`; training cuts out a random square, validation the middle
     'crop': lambda size: Resize(size),
     'squish': lambda size: Resize(size, method='squish'), # both sides become `size`
     # the longer side becomes `size`, black beside it
-    'pad': lambda size: _PadResize(size, method='pad', pad_mode='zeros', resamples=(Image.LANCZOS, Image.NEAREST)),
-    'croppad': lambda size: CropPad(size, pad_mode='zeros')} # pixels stay: black around, or the middle cut out
-# fastai's `aug_transforms` takes these; ours are hflip, vflip, max_contrast and crop
-AUGMENT = {k: v.default for k,v in inspect.signature(aug_transforms).parameters.items() if k != 'size'}
-AUGMENT |= dict(hflip=None, vflip=None, max_contrast=0., crop=False)
+    'pad': lambda size: _PadResize(size, method='pad', pad_mode='zeros',
+                                   resamples=(Image.LANCZOS, Image.NEAREST)),
+    # pixels stay as they are: black around them, or the middle cut out
+    'croppad': lambda size: CropPad(size, pad_mode='zeros')}
 
-# %% ../nbs/16_augment.ipynb #ecd77d16
-def _flip(hflip, vflip, x): # fastai's numbers of the symmetries of a square: 1 mirrored, 2 upside down, 4 both
-    h,v = (torch.rand(x.size(0), device=x.device) < p for p in (hflip, vflip))
-    return h.long() + 2*v.long() + (h & v).long()
+# %% ../nbs/16_augment.ipynb #5754332f
+_FASTAIS = {k: v.default for k,v in inspect.signature(aug_transforms).parameters.items()
+            if k != 'size'}
 
-# %% ../nbs/16_augment.ipynb #ce54c1d0
+# %% ../nbs/16_augment.ipynb #59de021d
+_OURS = dict(hflip=None, vflip=None, max_contrast=0., crop=False)
+
+# %% ../nbs/16_augment.ipynb #4354ec36
+AUGMENT = {**_FASTAIS, **_OURS}
+
+# %% ../nbs/16_augment.ipynb #05cfd7eb
+_LIMITS = { # setting -> (whether a value is allowed, what is said if it is not)
+    'min_scale': (lambda v: 0 < v <= 1, 'must be above 0 and at most 1, and is {}'),
+    **dict.fromkeys(['max_lighting', 'max_contrast'],
+                    (lambda v: 0 <= v < 1, 'must be at least 0 and below 1, and is {}')),
+    **dict.fromkeys(['hflip', 'vflip', 'p_affine', 'p_lighting'],
+                    (lambda v: 0 <= v <= 1, 'is a probability, and {} is none')),
+    **dict.fromkeys(['mult', 'max_rotate', 'min_zoom', 'max_zoom', 'max_warp'],
+                    (lambda v: True, ''))}
+
+# %% ../nbs/16_augment.ipynb #fd9d1a10
+def _check_setting(name, value): # of those in _LIMITS
+    if value is None and AUGMENT[name] is None: return
+    is_allowed,message = _LIMITS[name]
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f'{name} must be a number, and is {value!r}')
+    if not is_allowed(value): raise InputError(f'{name} {message.format(value)}')
+
+# %% ../nbs/16_augment.ipynb #4827f347
 def fix_augment(augment:dict) -> dict: # every setting of AUGMENT
     "The given settings of augmentation, with fastai's for those that are not given"
     if wrong := set(augment) - set(AUGMENT):
-        raise InputError(f"unknown augmentation {', '.join(sorted(wrong))}: known are {', '.join(AUGMENT)}")
+        raise InputError(f"unknown augmentation {', '.join(sorted(wrong))}: "
+                         f"known are {', '.join(AUGMENT)}")
     full = {**AUGMENT, **augment}
-    for k in ('mult', 'max_rotate', 'min_zoom', 'max_zoom', 'max_lighting', 'max_warp', 'p_affine', 'p_lighting',
-              'min_scale', 'max_contrast', 'hflip', 'vflip'):
-        if full[k] is None and k in ('hflip', 'vflip'): continue
-        if not isinstance(full[k], (int, float)) or not math.isfinite(full[k]):
-            raise InputError(f'{k} must be a number, and is {full[k]!r}')
-    for k in ('max_lighting', 'max_contrast'):
-        if not 0 <= full[k] < 1: raise InputError(f'{k} must be at least 0 and below 1, and is {full[k]}')
-    for k in ('hflip', 'vflip', 'p_affine', 'p_lighting'):
-        if full[k] is not None and not 0 <= full[k] <= 1:
-            raise InputError(f'{k} is a probability, and {full[k]} is none')
-    scale,least,most = (full[k] for k in ('min_scale', 'min_zoom', 'max_zoom'))
-    if not 0 < scale <= 1: raise InputError(f'min_scale must be above 0 and at most 1, and is {scale}')
-    if not 0 < least <= most: raise InputError(f'zooms must be above 0, min_zoom the smaller, not {least} and {most}')
+    for name in _LIMITS: _check_setting(name, full[name])
+    low,high = full['min_zoom'],full['max_zoom']
+    if not 0 < low <= high:
+        raise InputError(f'zooms must be above 0, min_zoom the smaller, not {low} and {high}')
     return full
 
-# %% ../nbs/16_augment.ipynb #e2677116
-STATS = dict(imagenet=imagenet_stats, none=None, own=None) # own ones are computed from the data, before this is asked
+# %% ../nbs/16_augment.ipynb #1e5a2051
+def _draw_flips(hflip, vflip, x): # batch (N, C, H, W) -> (N,) numbers of symmetries
+    h,v = (torch.rand(x.size(0), device=x.device) < p for p in (hflip, vflip))
+    return h.long() + 2*v.long() + (h & v).long()
 
-# %% ../nbs/16_augment.ipynb #abc84e77
+# %% ../nbs/16_augment.ipynb #5d1cd887
+def _random_flips(hflip, vflip, pad_mode): # a chance that is None is 0
+    return Dihedral(p=1., draw=partial(_draw_flips, hflip or 0, vflip or 0), pad_mode=pad_mode)
+
+# %% ../nbs/16_augment.ipynb #16a3f74a
+def _has_own_flips(settings): return any(settings[k] is not None for k in ('hflip', 'vflip'))
+
+# %% ../nbs/16_augment.ipynb #a193c7b0
+def _extra_tfms(settings): # list of batch transforms: the user's, then ours
+    s,extra = settings,list(settings['xtra_tfms'] or [])
+    if _has_own_flips(s): extra.append(_random_flips(s['hflip'], s['vflip'], s['pad_mode']))
+    if s['max_contrast']: extra.append(Contrast(s['max_contrast'], p=s['p_lighting']))
+    return extra
+
+# %% ../nbs/16_augment.ipynb #3eb4063c
+def _unscaled_crop(presize, resize):
+    if presize < resize:
+        raise InputError(f'crop needs a presize of at least the resize, {resize}, not {presize}')
+    scale = (resize/presize)**2
+    return RandomResizedCropGPU(resize, min_scale=scale, max_scale=scale, ratio=(1, 1),
+                                valid_scale=(resize + 0.5)/presize) # which fastai rounds down
+
+# %% ../nbs/16_augment.ipynb #615546a2
+def _shrink_if_needed(tfms, presize, resize, mode): # a list with one more if none resizes
+    if presize == resize or any(getattr(o, 'size', None) for o in tfms): return tfms
+    return [*tfms, RandomResizedCropGPU(resize, min_scale=1., ratio=(1, 1), mode=mode)]
+
+# %% ../nbs/16_augment.ipynb #bd650e20
+def _batch_tfms(presize, resize, settings): # settings: from `fix_augment`
+    fastais = {k: settings[k] for k in _FASTAIS}
+    fastais['xtra_tfms'] = _extra_tfms(settings)
+    if _has_own_flips(settings): fastais['do_flip'] = False
+    if settings['crop']:
+        fastais['xtra_tfms'].append(_unscaled_crop(presize, resize))
+        return aug_transforms(**fastais)
+    tfms = aug_transforms(size=resize, **fastais)
+    return _shrink_if_needed(tfms, presize, resize, settings['mode'])
+
+# %% ../nbs/16_augment.ipynb #0fbad751
+STATS = dict(imagenet=imagenet_stats, none=None, own=None) # own: computed from the data
+
+# %% ../nbs/16_augment.ipynb #11cf4b12
 def fix_stats(stats) -> tuple|None: # (means, standard deviations)
     "The numbers that a name in STATS stands for, or those that are given"
     if isinstance(stats, str) and stats in STATS: return STATS[stats]
     try: mean,std = (np.array(o, float) for o in stats)
     except (TypeError, ValueError): mean = std = np.empty(0)
-    if mean.shape != (3,) or std.shape != (3,) or not np.isfinite([mean, std]).all() or (std <= 0).any():
-        raise InputError(f"stats must be one of {', '.join(STATS)}, or three means and three deviations, not {stats!r}")
+    has_shape = mean.shape == std.shape == (3,)
+    if not has_shape or not np.isfinite([mean, std]).all() or (std <= 0).any():
+        raise InputError(f"stats must be one of {', '.join(STATS)}, or three means and three "
+                         f'deviations, not {stats!r}')
     return mean.tolist(),std.tolist()
 
-# %% ../nbs/16_augment.ipynb #05645dfc
+# %% ../nbs/16_augment.ipynb #80b7369b
 def image_tfms(
-    presize:int=460, # side of the square that every image is made to on its own, in pixels
-    resize:int=224, # side of the images in a batch, in pixels
-    augment:dict|None=None, # of AUGMENT: arguments of fastai's `aug_transforms`, and ours; None: min_scale=0.5
+    presize:int=DEFAULTS['presize'], # side of the square that every image is made to, in pixels
+    resize:int=DEFAULTS['resize'], # side of the images in a batch, in pixels
+    augment:dict|None=None, # of AUGMENT; None: that of Imagenette, min_scale=0.5
     fit:str='crop', # how an image becomes a square: one of FITS
-    stats='imagenet' # 'imagenet', 'none', or (means, standard deviations) of the three channels, of values from 0 to 1
+    stats='imagenet' # 'imagenet', 'none', or (means, standard deviations), of values from 0 to 1
 ) -> tuple: # (item transforms, batch transforms)
-    "Presizing: make each image one large square, then augment whole batches and shrink them in the same step"
+    "Presizing: make each image one large square, then augment whole batches and shrink them"
     check_counts(presize=presize, resize=resize)
-    full = fix_augment(DEFAULTS['augment'] if augment is None else augment)
+    settings = fix_augment(DEFAULTS['augment'] if augment is None else augment)
     if fit not in FITS: raise InputError(f"unknown fit {fit!r}: it is one of {', '.join(FITS)}")
-    hflip,vflip,max_contrast,crop = (full.pop(k) for k in ('hflip', 'vflip', 'max_contrast', 'crop'))
-    extra = list(full.pop('xtra_tfms') or [])
-    if hflip is not None or vflip is not None:
-        full['do_flip'] = False
-        extra.append(Dihedral(p=1., draw=partial(_flip, hflip or 0, vflip or 0), pad_mode=full['pad_mode']))
-    if max_contrast: extra.append(Contrast(max_contrast, p=full['p_lighting']))
-    if crop: # out of the larger square, without any scaling; validation sees the middle
-        if presize < resize: raise InputError(f'crop needs a presize of at least the resize, {resize}, not {presize}')
-        scale = (resize/presize)**2
-        extra.append(RandomResizedCropGPU(resize, min_scale=scale, max_scale=scale, ratio=(1, 1),
-                                          valid_scale=(resize + 0.5)/presize)) # which fastai cuts down
-        tfms = aug_transforms(xtra_tfms=extra, **full)
-    else:
-        tfms = aug_transforms(size=resize, xtra_tfms=extra, **full)
-        if presize != resize and full['min_scale'] == 1 and not any(hasattr(o, 'size') for o in tfms):
-            tfms.append(RandomResizedCropGPU(resize, min_scale=1., ratio=(1, 1), mode=full['mode']))
     stats = fix_stats(stats)
-    return [FITS[fit](presize)], [*tfms, *([Normalize.from_stats(*stats)] if stats else [])]
+    normalize = [Normalize.from_stats(*stats)] if stats else []
+    return [FITS[fit](presize)], [*_batch_tfms(presize, resize, settings), *normalize]

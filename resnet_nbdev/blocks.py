@@ -11,71 +11,85 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .core import InputError
 
-# %% ../nbs/01_blocks.ipynb #4cc2d62e
+# %% ../nbs/01_blocks.ipynb #e0558e68
 def conv(
     in_channels:int, # channels of the input
     out_channels:int, # channels of the output
     ks:int=3, # kernel size in pixels, odd
     s:int=1, # stride in pixels
-    groups:int=1 # groups of channels that do not see each other; a divisor of both numbers of channels
+    groups:int=1 # groups of channels that do not see each other; divides both numbers
 ) -> nn.Conv2d: # (N, in_channels, H, W) -> (N, out_channels, ceil(H/s), ceil(W/s))
     "Convolution without bias, padded so that a stride of 1 keeps height and width"
-    if ks % 2 == 0: raise InputError(f'ks must be odd, so that the padding is the same on both sides, and is {ks}')
-    return nn.Conv2d(in_channels, out_channels, ks, stride=s, padding=ks//2, groups=groups, bias=False)
+    if ks % 2 == 0:
+        raise InputError('ks must be odd, so that the padding is the same on both sides, '
+                         f'and is {ks}')
+    return nn.Conv2d(in_channels, out_channels, ks, s, padding=ks//2, groups=groups, bias=False)
 
-# %% ../nbs/01_blocks.ipynb #4dcb7c2e
+# %% ../nbs/01_blocks.ipynb #0ce62e23
 class ZeroPad(nn.Module):
-    "Identity across a change of shape (He et al. 2015, section 3.3, option A): every `s`-th pixel, new channels 0"
+    "Every `s`-th pixel, and zero for the new channels (He et al. 2015, section 3.3, option A)"
     def __init__(self, in_channels:int, out_channels:int, s:int=1):
         super().__init__()
+        if out_channels < in_channels:
+            raise InputError(f"shortcut 'A' from {in_channels} to {out_channels} channels: "
+                             'zeros can only be added')
         self.extra,self.s = out_channels-in_channels,s
-    def forward(self, x:Tensor) -> Tensor: return F.pad(x[..., ::self.s, ::self.s], (0, 0, 0, 0, 0, self.extra))
+
+    def forward(self, x:Tensor) -> Tensor:
+        return F.pad(x[..., ::self.s, ::self.s], (0, 0, 0, 0, 0, self.extra))
+
     def extra_repr(self) -> str: return f'extra_channels={self.extra}, stride={self.s}'
 
-# %% ../nbs/01_blocks.ipynb #f7661c71
-SHORTCUTS = 'ABCD'
+# %% ../nbs/01_blocks.ipynb #86f4e48d
+def _projection(in_channels, out_channels, s, pooled, norm):
+    layers = [conv(in_channels, out_channels, 1, 1 if pooled else s)]
+    if norm: layers.append(nn.BatchNorm2d(out_channels))
+    if pooled: layers.insert(0, nn.AvgPool2d(s, ceil_mode=True) if s > 1 else nn.Identity())
+    return nn.Sequential(*layers)
 
-# %% ../nbs/01_blocks.ipynb #3c46157e
+# %% ../nbs/01_blocks.ipynb #87ca88ad
+SHORTCUTS = 'A','B','C','D'
+
+# %% ../nbs/01_blocks.ipynb #06cc29e5
 def shortcut(
     in_channels:int, # channels of the block's input
     out_channels:int, # channels of the block's output
     s:int, # the block's stride
-    kind:str='B', # 'A': zero-padded identity; 'B': projection where the shape changes; 'C': always; 'D': after a pool
-    norm:bool=True # a batch norm after the projection; none where the input has just been normalised
+    kind:str='B', # 'A': zero padding; 'B': projection on change; 'C': always; 'D': after a pool
+    norm:bool=True # a batch norm after the projection; none where the input is normalised
 ) -> nn.Module|None: # None: the input itself is added
-    "The path around a block: He et al. (2015), section 3.3, options A to C, or He et al. (2018), section 4.2, ResNet-D"
-    if kind not in SHORTCUTS: raise InputError(f"unknown shortcut {kind!r}: it is 'A', 'B', 'C' or 'D'")
+    "The path around a block: A to C (He et al. 2015, 3.3) or D of ResNet-D (He et al. 2018, 4.2)"
+    if kind not in SHORTCUTS:
+        raise InputError(f"unknown shortcut {kind!r}: it is 'A', 'B', 'C' or 'D'")
     if s == 1 and in_channels == out_channels and kind != 'C': return None
-    if kind == 'A':
-        if out_channels < in_channels:
-            raise InputError(f"shortcut 'A' from {in_channels} to {out_channels} channels: zeros can only be added")
-        return ZeroPad(in_channels, out_channels, s)
-    layers = [conv(in_channels, out_channels, 1, 1 if kind == 'D' else s)]
-    if norm: layers.append(nn.BatchNorm2d(out_channels))
-    if kind == 'D': layers.insert(0, nn.AvgPool2d(s, ceil_mode=True) if s > 1 else nn.Identity())
-    return nn.Sequential(*layers)
+    if kind == 'A': return ZeroPad(in_channels, out_channels, s)
+    return _projection(in_channels, out_channels, s, kind == 'D', norm)
 
-# %% ../nbs/01_blocks.ipynb #734e3f8c
-def block_stride(in_channels:int, out_channels:int, s:int|None) -> int:
-    "The stride of a block: `s` if it is given, else 2 where the channels change and 1 where they stay"
+# %% ../nbs/01_blocks.ipynb #35b0ed0d
+def block_stride(
+    in_channels:int, # at least 1
+    out_channels:int, # at least 1
+    s:int|None # at least 1, or None for the default
+) -> int:
+    "The stride of a block: `s` if given, else 2 where the channels change, 1 where they stay"
     if min(in_channels, out_channels) < 1:
         raise InputError(f'a block needs channels, and got {in_channels} -> {out_channels}')
     if s is None: return 1 if in_channels == out_channels else 2
     if s < 1: raise InputError(f'the stride must be at least 1, and is {s}')
     return s
 
-# %% ../nbs/01_blocks.ipynb #74c34267
+# %% ../nbs/01_blocks.ipynb #4665937f
 class ResBlock(nn.Module):
-    "The basic block (He et al. 2015, figure 5 left): two convolutions, and the input added to their result"
+    "The basic block (He et al. 2015, figure 5 left): two convolutions, and their input added"
     expansion,preact,skip = 1,False,True
     def __init__(self,
         in_channels:int, # channels of the input, (N, in_channels, H, W)
         out_channels:int, # channels of the output, (N, out_channels, ceil(H/s), ceil(W/s))
         ks:int=3, # kernel size of both convolutions, odd
-        s:int|None=None, # stride of first convolution and shortcut; None: 2 where the channels change, else 1
+        s:int|None=None, # stride of conv1 and shortcut; None: 2 where the channels change, else 1
         *,
         shortcut_kind:str='B', # see `shortcut`
-        zero_init:bool=False # start as the shortcut alone: the last batch norm's weight is 0 (Goyal et al. 2017, 5.1)
+        zero_init:bool=False # start as the shortcut alone: bn2.weight is 0 (Goyal et al. 2017)
     ):
         super().__init__()
         s = block_stride(in_channels, out_channels, s)
@@ -94,13 +108,14 @@ class ResBlock(nn.Module):
         x += identity
         return self.relu(x)
 
-# %% ../nbs/01_blocks.ipynb #079e48bf
+# %% ../nbs/01_blocks.ipynb #c4028ccb
 class PlainBlock(ResBlock):
-    "The same layers without the skip: the control in the paper's experiment (He et al. 2015, section 4.1)"
+    "The same layers without the skip: the control of He et al. (2015), section 4.1"
     skip = False
     def __init__(self, in_channels:int, out_channels:int, ks:int=3, s:int|None=None, *,
                  shortcut_kind:str='B', zero_init:bool=False):
-        if zero_init: raise InputError('zero_init leaves nothing but the skip, and a plain block has none')
+        if zero_init:
+            raise InputError('zero_init leaves nothing but the skip, and a plain block has none')
         super().__init__(in_channels, out_channels, ks, s, shortcut_kind=shortcut_kind)
         self.downsample = None # nothing goes around, so there is nothing to project
 
@@ -108,16 +123,34 @@ class PlainBlock(ResBlock):
         x = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(x)))
 
-# %% ../nbs/01_blocks.ipynb #44ab7d3a
+# %% ../nbs/01_blocks.ipynb #b34662df
+def _bottleneck_width(out_channels, expansion, groups, width_per_group):
+    if out_channels % expansion:
+        raise InputError(f'a bottleneck has output channels in multiples of {expansion}, '
+                         f'not {out_channels}')
+    if groups < 1: raise InputError(f'groups must be at least 1, and is {groups}')
+    channels = out_channels//expansion
+    width = channels * width_per_group//64 * groups
+    if width < 1:
+        raise InputError(f'width_per_group={width_per_group} leaves no channel of {channels}')
+    return width
+
+# %% ../nbs/01_blocks.ipynb #cd11ff3c
+def _bottleneck_strides(s, stride_on): # of the first 1x1 and of the 3x3
+    if stride_on not in ('1x1', '3x3'):
+        raise InputError(f"stride_on is '1x1' or '3x3', not {stride_on!r}")
+    return (s, 1) if stride_on == '1x1' else (1, s)
+
+# %% ../nbs/01_blocks.ipynb #0f2b6a6d
 class BottleneckBlock(nn.Module):
-    "The bottleneck (He et al. 2015, figure 5 right): 1x1 to a quarter of the channels, 3x3, and 1x1 back"
+    "The bottleneck (He et al. 2015, figure 5 right): 1x1 to a quarter of the channels, 3x3, 1x1"
     expansion,preact,skip = 4,False,True
     def __init__(self,
         in_channels:int, # channels of the input, (N, in_channels, H, W)
-        out_channels:int, # channels of the output, a multiple of 4, (N, out_channels, ceil(H/s), ceil(W/s))
+        out_channels:int, # a multiple of 4; output (N, out_channels, ceil(H/s), ceil(W/s))
         ks:int=3, # kernel size of the middle convolution, odd
         s:int|None=None, # stride of the block; None: 2 where the channels change, else 1
-        stride_on:str='3x3', # convolution that carries the stride: '1x1' is the paper's (v1), '3x3' is v1.5
+        stride_on:str='3x3', # '1x1' as in the paper's released models (v1), '3x3' is v1.5
         *,
         shortcut_kind:str='B', # see `shortcut`
         zero_init:bool=False, # start as the shortcut alone: the last batch norm's weight is 0
@@ -126,16 +159,11 @@ class BottleneckBlock(nn.Module):
     ):
         super().__init__()
         s = block_stride(in_channels, out_channels, s)
-        if stride_on not in ('1x1', '3x3'): raise InputError(f"stride_on is '1x1' or '3x3', not {stride_on!r}")
-        if out_channels % self.expansion:
-            raise InputError(f'a bottleneck has output channels in multiples of {self.expansion}, not {out_channels}')
-        if groups < 1: raise InputError(f'groups must be at least 1, and is {groups}')
-        width = out_channels//self.expansion * width_per_group//64 * groups
-        if width < 1:
-            raise InputError(f'width_per_group={width_per_group} leaves no channel of {out_channels//self.expansion}')
-        self.conv1 = conv(in_channels, width, 1, s if stride_on == '1x1' else 1)
+        s1,s2 = _bottleneck_strides(s, stride_on)
+        width = _bottleneck_width(out_channels, self.expansion, groups, width_per_group)
+        self.conv1 = conv(in_channels, width, 1, s1)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = conv(width, width, ks, s if stride_on == '3x3' else 1, groups)
+        self.conv2 = conv(width, width, ks, s2, groups)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = conv(width, out_channels, 1)
         self.bn3 = nn.BatchNorm2d(out_channels)
@@ -151,18 +179,18 @@ class BottleneckBlock(nn.Module):
         x += identity
         return self.relu(x)
 
-# %% ../nbs/01_blocks.ipynb #25251231
+# %% ../nbs/01_blocks.ipynb #a827663d
 class PreActBlock(nn.Module):
-    "Normalise and activate before each convolution, add last (He et al. 2016b, arXiv:1603.05027, figure 4e)"
+    "Normalise and activate before each convolution, add last (He et al. 2016b, figure 4e)"
     expansion,preact,skip = 1,True,True
     def __init__(self,
         in_channels:int, # channels of the input, (N, in_channels, H, W)
         out_channels:int, # channels of the output, (N, out_channels, ceil(H/s), ceil(W/s))
         ks:int=3, # kernel size of both convolutions, odd
-        s:int|None=None, # stride of first convolution and shortcut; None: 2 where the channels change, else 1
+        s:int|None=None, # stride of conv1 and shortcut; None: 2 where the channels change, else 1
         *,
-        shortcut_kind:str='B', # see `shortcut`; where it is not the input itself, it starts from the activated input
-        zero_init:bool=False # start as the shortcut alone: the last convolution, here the last layer, is 0
+        shortcut_kind:str='B', # see `shortcut`; a projection starts from the activated input
+        zero_init:bool=False # start as the shortcut alone: the last convolution is 0
     ):
         super().__init__()
         s = block_stride(in_channels, out_channels, s)

@@ -9,91 +9,64 @@ __all__ = ['resnet_fine_tune', 'resnet_predict', 'as_json', 'as_table', 'resnet_
 # %% ../nbs/51_cli.ipynb #00b13659
 import json, sys
 from pathlib import Path
-from .console import command, quiet_bars, whole_numbers
 from .core import InputError
-from .devices import pick_device
+from .console import command, quiet_bars, whole_numbers
+from .options import DataOptions, NetworkOptions, RunOptions, ToolOptions, takes
 
-# %% ../nbs/51_cli.ipynb #abffc9b3
+# %% ../nbs/51_cli.ipynb #ba312a27
+def _report(learn): # what came of a run, and what to do with it
+    from resnet_nbdev.files import read_json
+    metrics = read_json(learn.run_path/'metrics.json')
+    last,best,average = metrics['last'],metrics['best'],metrics.get('average')
+    score = 'accuracy' if 'accuracy' in last else metrics['monitor']
+    print(f'Validation {score} {last[score]:.4f}, '
+          f"at best {best[score]:.4f} in epoch {best['epoch']}"
+          + (f", {average[score]:.4f} with averaged weights" if average else '')
+          + f", after {metrics['seconds']:.0f} s of training\n"
+          f"The run is in {learn.run_path}; to use it: resnet_predict {learn.run_path} IMAGE...")
+
+# %% ../nbs/51_cli.ipynb #6a67571a
 @command
+@takes(DataOptions, NetworkOptions, ToolOptions, RunOptions)
 def resnet_fine_tune(
-    source:str=None, # a dataset that resnet_data list names, the address of an archive, a folder or an archive
+    source:str=None, # a dataset that resnet_data list names, a folder, an archive or its address
     *,
     data:str=None, # folder or archive, in place of the name or as its local copy
-    recipe:str=None, # S1 to S5, as published, or scratch, places, mnist, dogs, birds; what is given beside it wins
-    arch:str=None, # resnet18, resnet34, ..., cifar_resnet8, or another of resnet.ARCHS (default: the data's)
-    weights:str=None, # imagenet, or a .safetensors or .pth file (default: from scratch)
-    plan:str=None, # all, head, late, cut, frozen, discriminative, stepped, gradual (default: all)
-    bn:str=None, # batch norm of frozen groups, train or frozen (default: the plan's)
-    hidden:int=None, # units of a hidden layer in the head (default: the plan's)
-    dropout:float=None, # share of the classifier's inputs that training leaves out (default: the plan's)
-    freeze_epochs:int=None, # epochs of each cycle before the last (default: 3 for imagenette)
-    epochs:int=None, # epochs of the last cycle (default: 12 for imagenette)
-    base_lr:float=None, # highest learning rate (default: 5e-4 for imagenette)
-    schedule:str=None, # one_cycle, flat_cos, flat (default: one_cycle)
-    lr_mult:float=None, # rate of the head over that of the stem in the last cycle (default: the plan's)
-    opt:str=None, # adam, sgd, rmsprop, ranger (default: adam)
-    wd:float=None, # weight decay (default: the optimizer's)
-    label_smoothing:float=None, # share of the target that goes to all classes alike
-    mixup:float=None, # parameter of mixup's Beta distribution
-    cutmix:float=None, # parameter of CutMix's Beta distribution
-    clip:float=None, # largest norm of the gradient
-    accumulate:int=None, # images whose gradients are added up before a step (default: those of one batch)
-    max_norm:float=None, # largest norm of the weights of one output channel
-    ema:float=None, # decay of a moving average of the weights, for example 0.999
-    average:int=None, # average the weights of so many last epochs
-    progressive:str=None, # sides of training images in pixels, one after another in each cycle, as in 96,128
-    precision:str=None, # fp32, bf16, fp16, or auto, the best that the GPU has (default: fp32)
-    channels_last:bool=False, # memory format of a GPU's convolutions
-    compile:bool=False, # torch.compile, which pays after many steps
-    top_k:int=None, # report top-k accuracy, too
-    monitor:str=None, # metric of the best epoch (default: accuracy)
-    patience:int=None, # end a cycle after so many epochs without a better one
-    presize:int=None, # side to which each image is cropped first, in pixels (default: 460 for imagenette)
-    resize:int=None, # side of the images that the network sees, in pixels (default: 224 for imagenette)
-    bs:int=None, # images in a batch, of each process (default: 32 for imagenette)
-    max_per_class:int=None, # use at most so many images of each class and split (default: all)
-    strict:bool=False, # refuse a set with unreadable images, instead of leaving them out
+    recipe:str=None, # S1 to S5, as published, or scratch, places, mnist, dogs, birds; flags win
     seed:int=42, # of every random generator
     device:str=None, # cpu, cuda, cuda:1, mps (default: the best there is)
     workers:int=None, # processes that load images (default: one a core, at most 8)
     resident:bool=False, # decode every image once and keep its pixels, instead of at every epoch
-    scale_lr:str=None, # rule for several processes: linear, sqrt, none (default: linear for sgd, else sqrt)
-    sync_bn:bool=False, # normalise over the batches of all processes, on GPUs
-    resume:bool=False, # go on with the run of this name, or begin it
+    resume:bool=False, # resume the run of this name, or begin it
     json:bool=False, # print a line of JSON for each epoch, and nothing else
-    tensorboard:bool=False, # write files for TensorBoard, too
     name:str=None, # name of the run (default: <source>-<arch>, with a number if it is taken)
     runs:str='runs', # folder of all runs
+    **options # what is not given comes from the recipe, then from the dataset
 ):
-    """Train a residual network and write runs/<name>/: weights, history, curves, predictions, and the state to go on
-    from. Every dataset has defaults of its own. Example: resnet_fine_tune imagenette"""
-    given = {k: v for k,v in locals().items() if v is not None and v is not False
-             and k not in ('recipe', 'seed', 'device', 'resume', 'json', 'tensorboard', 'name', 'runs')}
+    """Train a residual network and write runs/<name>/: weights, history, curves, predictions, and
+    the state to resume from. Every dataset has defaults of its own.
+    Example: resnet_fine_tune imagenette"""
     if not (source or data or recipe):
-        raise InputError('name a dataset, as in resnet_fine_tune digits, or a folder, with --data PATH')
-    if progressive is not None: given['progressive'] = whole_numbers('progressive', progressive)
+        raise InputError('name a dataset, as in resnet_fine_tune digits, or a folder, with '
+                         '--data PATH')
+    given = dict(options, source=source, data=data, workers=workers, resident=resident)
+    given = {k: v for k,v in given.items() if v is not None and v is not False}
+    if isinstance(sizes := given.get('progressive'),
+                  str): given['progressive'] = whole_numbers('progressive', sizes)
+    from resnet_nbdev.devices import pick_device
     from resnet_nbdev.distributed import is_main, leave, ranks
-    from resnet_nbdev.recipes import find_recipe
-    from resnet_nbdev.files import read_json
-    from resnet_nbdev.recipes import run_recipe
+    from resnet_nbdev.recipes import find_recipe, run_recipe
     quiet_bars()
     begun = find_recipe(recipe) if recipe else {}
     if data and not source: begun.pop('source', None)
     device = pick_device(device if device or ranks() == 1 else None)
-    try: learn = run_recipe(begun, name, resume, runs=runs, seed=seed, device=device, json_lines=json,
-                            tensorboard=tensorboard, **given)
+    try: learn = run_recipe(begun, name, resume, runs=runs, seed=seed, device=device,
+                            json_lines=json, **given)
     except KeyboardInterrupt:
-        raise InputError(f"interrupted; {Path(runs)/(name or '')} keeps what its finished epochs have left, and resume "
-                         'goes on from there') from None
+        raise InputError(f"interrupted; {Path(runs)/(name or '')} keeps what its finished epochs "
+                         'have left, and resume goes on from there') from None
     finally: leave()
-    if json or not is_main(): return
-    metrics = read_json(learn.run_path/'metrics.json')
-    last,best,average = metrics['last'],metrics['best'],metrics.get('average')
-    score = 'accuracy' if 'accuracy' in last else metrics['monitor']
-    print(f"Validation {score} {last[score]:.4f}, at best {best[score]:.4f} in epoch {best['epoch']}"
-          + (f", {average[score]:.4f} with averaged weights" if average else '')
-          + f", after {metrics['seconds']:.0f} s of training\n"
-          f"The run is in {learn.run_path}; to use it: resnet_predict {learn.run_path} IMAGE...")
+    if is_main() and not json: _report(learn)
 
 # %% ../nbs/51_cli.ipynb #0aab65f5
 @command
@@ -112,13 +85,18 @@ def resnet_predict(
     allow_private:bool=False, # fetch from addresses of this machine and its network, too
     runs:str='runs', # folder of all runs
 ):
-    "Show the most probable classes of images, by the network of a run. Example: resnet_predict runs/first photo.jpg"
+    """Show the most probable classes of images, by the network of a run.
+    Example: resnet_predict runs/first photo.jpg"""
+    from resnet_nbdev.devices import pick_device
     from resnet_nbdev.runs import predict
-    if out and Path(out).suffix not in ('.csv', '.json'): raise InputError(f'{out} must end with .csv or .json')
+    if out and Path(out).suffix not in ('.csv', '.json'):
+        raise InputError(f'{out} must end with .csv or .json')
     quiet_bars()
-    found = predict(run, images, k, weights, runs=runs, strict=strict, bs=bs, device=pick_device(device), tta=tta,
+    found = predict(run, images, k, weights, runs=runs, strict=strict, bs=bs,
+                    device=pick_device(device), tta=tta,
                     allow_private=allow_private, progress=sys.stdout.isatty() and not json)
-    if out: Path(out).write_text(found.to_csv(index=False) if out.endswith('.csv') else as_json(found) + '\n')
+    if out: Path(out).write_text(found.to_csv(index=False)
+                                 if out.endswith('.csv') else as_json(found) + '\n')
     elif json: print(as_json(found))
     else: print(as_table(found))
 
@@ -146,7 +124,8 @@ def resnet_data(
     plot:str=None, # of check: image file to write, with the number of images of each class
     out:str=None, # of check: CSV file to write, with every problem
 ):
-    "Fetch datasets and look them over. Example: resnet_data check imagenette_160 --plot counts.png"
+    """Fetch datasets and look them over.
+    Example: resnet_data check imagenette_160 --plot counts.png"""
     if what not in ('list', 'get', 'check'):
         raise InputError(f"unknown action {what!r}: it is 'list', 'get' or 'check'")
     if what != 'list' and not (source or data):
@@ -170,7 +149,8 @@ def resnet_data(
     for kind,found in problems.groupby('problem'):
         print(f'\n{kind}: {len(found)}')
         for o in found.head(10).itertuples(): print(f'  {o.file} ({o.detail})')
-        if len(found) > 10: print(f"  ... {len(found) - 10} more{'' if out else ', all of them with --out FILE.csv'}")
+        rest = '' if out else ', all of them with --out FILE.csv'
+        if len(found) > 10: print(f'  ... {len(found) - 10} more{rest}')
     if problems.empty: print('No problem was found')
     if out: problems.to_csv(out, index=False)
     if plot: save_plot(plot_counts(counts), plot)
@@ -179,7 +159,8 @@ def resnet_data(
 def save_plot(figure, path:str):
     "Write a plot; the file's name says in which format"
     try: figure.savefig(path, dpi=100)
-    except ValueError as e: raise InputError(f'{path} cannot be written as an image ({e})') from None
+    except ValueError as e:
+        raise InputError(f'{path} cannot be written as an image ({e})') from None
 
 # %% ../nbs/51_cli.ipynb #c2615dd6
 @command
@@ -192,7 +173,8 @@ def resnet_export(
     runs:str='runs', # folder of all runs
     overwrite:bool=False, # replace a file that is there
 ):
-    "Write the network of a run as one file for other programs. Example: resnet_export runs/first --to onnx"
+    """Write the network of a run as one file for other programs.
+    Example: resnet_export runs/first --to onnx"""
     from resnet_nbdev.export import export_run
     print(export_run(run, to, out, weights, runs, overwrite))
 
@@ -206,6 +188,7 @@ def resnet_demo(
     weights:str='best', # weights of the run to use, as in resnet_predict
     runs:str='runs', # folder of all runs
 ):
-    "Show what the network of a run sees, on a page in the browser, until Ctrl-C. Example: resnet_demo runs/first"
+    """Show what the network of a run sees, on a page in the browser, until Ctrl-C.
+    Example: resnet_demo runs/first"""
     from resnet_nbdev.demo import demo_page, serve_demo
     serve_demo(demo_page(run, weights, runs), host, port)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['find_layer', 'features', 'embed', 'plot_embedding', 'plot_filters', 'feature_maps', 'filtered', 'plot_maps',
-           'grad_cam', 'check_target', 'overlay', 'gradient_flow', 'residual_blocks', 'without_block', 'delete_blocks',
+           'check_target', 'grad_cam', 'overlay', 'gradient_flow', 'residual_blocks', 'without_block', 'delete_blocks',
            'class_table', 'confident_errors', 'confusion', 'most_confused', 'plot_confusion', 'predictions',
            'show_predictions']
 
@@ -20,90 +20,114 @@ from .predictions import _loader, _logits, _looking, _short
 from .predictions import class_table, confident_errors, confusion, most_confused
 from .predictions import plot_confusion, predictions, show_predictions
 
-# %% ../nbs/40_explain.ipynb #f2bdd953
-_all_ = ['class_table', 'confident_errors', 'confusion', 'most_confused', 'plot_confusion', 'predictions', 'show_predictions']
+# %% ../nbs/40_explain.ipynb #98ec46d7
+_all_ = ['class_table', 'confident_errors', 'confusion', 'most_confused', 'plot_confusion',
+         'predictions', 'show_predictions']
 
-# %% ../nbs/40_explain.ipynb #62009fc4
+# %% ../nbs/40_explain.ipynb #c111f412
 def find_layer(
     model:nn.Module,
-    layer=None # a module of `model`, or its name, such as 'body.layer3'; None: 'body', a `ResNet`'s last map
+    layer=None # a module of `model`, or its name, such as 'body.layer3'; None: 'body'
 ) -> nn.Module:
     "A layer by its name"
     if isinstance(layer, nn.Module): return layer
     try: return model.get_submodule(layer or 'body')
     except AttributeError:
-        known = [n for n,_ in model.named_modules() if n and n.count('.') < 2]
-        raise InputError(f"this network has no layer {layer or 'body'!r}: it has {', '.join(known)}") from None
+        known = ', '.join(n for n,_ in model.named_modules() if n and n.count('.') < 2)
+        message = f"this network has no layer {layer or 'body'!r}: it has {known}"
+        raise InputError(message) from None
 
-# %% ../nbs/40_explain.ipynb #7394c0b8
+# %% ../nbs/40_explain.ipynb #61eb327c
 @contextmanager
-def _watching(model, layer, take): # a list with what `take` makes of the layer's last output in each run of the model
+def _watching(model, layer, take):
+    "A list of what `take` makes of the layer's last output, one entry for each run of the model"
     seen,last = [],[]
-    def keep(module, args, out): last[:] = [take(out)] # at once: a ReLU may change it in place
+    def keep(module, args, out): last[:] = [take(out)]
     def close(module, args, out):
         if not last: raise InputError('this network has the layer, and does not use it')
         seen.append(last.pop())
-    hooks = [find_layer(model, layer).register_forward_hook(keep), model.register_forward_hook(close)]
+    hooks = [find_layer(model, layer).register_forward_hook(keep),
+             model.register_forward_hook(close)]
     try: yield seen
     finally:
         for o in hooks: o.remove()
 
-# %% ../nbs/40_explain.ipynb #57dd6e44
+# %% ../nbs/40_explain.ipynb #d6c2e754
 def _pooled(out):
     if not isinstance(out, Tensor) or out.ndim not in (2, 4):
-        raise InputError('features are maps (N, C, h, w) or values (N, C), and this layer puts out neither')
+        raise InputError('features are maps (N, C, h, w) or values (N, C), '
+                         'and this layer puts out neither')
     return (out.mean((2, 3)) if out.ndim == 4 else out.clone()).as_subclass(Tensor).float().cpu()
 
-# %% ../nbs/40_explain.ipynb #af1bb007
+# %% ../nbs/40_explain.ipynb #f5daf561
 def features(
     learn, # a fastai `Learner`
     ds_idx:int=1, # as in `predictions`
-    layer=None # as in `find_layer`; None: the last maps, whose average is what a `ResNet` classifies
-) -> tuple: # (float array (N, C), whole numbers (N,): the classes by their place in the vocab), in the set's order
+    layer=None # as in `find_layer`; None: the last maps, whose average a `ResNet` classifies
+) -> tuple: # (floats (N, C), class numbers (N,)), both arrays in the order of the set
     "What a layer says about each image, averaged over the places of its maps"
     dl = _loader(learn, ds_idx)
     with _watching(learn.model, layer, _pooled) as seen: _,truth = _logits(learn, dl)
     return torch.cat(seen).numpy(), truth.numpy()
 
-# %% ../nbs/40_explain.ipynb #1fcfc1f2
+# %% ../nbs/40_explain.ipynb #2fde7abd
+def _check_features(features):
+    values = np.asarray(features, dtype=np.float64)
+    if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
+        raise InputError('features are finite numbers for two images or more, (N, C), '
+                         f'and these are {values.shape}')
+    return values
+
+# %% ../nbs/40_explain.ipynb #dc8ac1b6
+def _tsne(values, seed):
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+    n,dims = values.shape
+    if n < 5: raise InputError(f't-SNE needs 5 images or more, and gets {n}')
+    if dims > 50: values = PCA(min(50, n), random_state=seed).fit_transform(values)
+    tsne = TSNE(2, perplexity=min(30, (n - 1)/3), init='pca', random_state=seed)
+    return tsne.fit_transform(values)
+
+# %% ../nbs/40_explain.ipynb #6b1dd275
 def embed(
     features, # (N, C), for example from `features`
     how:str='pca', # 'pca' or 'tsne'
     seed:int=0 # of t-SNE, and of PCA where it draws random numbers
 ) -> np.ndarray: # (N, 2)
     "Points in a plane: the two widest directions, or neighbours kept near each other"
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-    values = np.asarray(features, dtype=np.float64)
-    if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
-        raise InputError(f'features are finite numbers for two images or more, (N, C), and these are {values.shape}')
+    values = _check_features(features)
     if how not in ('pca', 'tsne'): raise InputError(f"how is 'pca' or 'tsne', and not {how!r}")
-    if how == 'pca': return PCA(2, random_state=seed).fit_transform(values)
-    if len(values) < 5: raise InputError(f't-SNE needs 5 images or more, and gets {len(values)}')
-    if values.shape[1] > 50: values = PCA(min(50, len(values)), random_state=seed).fit_transform(values)
-    return TSNE(2, perplexity=min(30, (len(values) - 1)/3), init='pca', random_state=seed).fit_transform(values)
+    if how == 'tsne': return _tsne(values, seed)
+    from sklearn.decomposition import PCA
+    return PCA(2, random_state=seed).fit_transform(values)
 
-# %% ../nbs/40_explain.ipynb #cf96c458
+# %% ../nbs/40_explain.ipynb #24491ada
+def _check_points(xy, labels, names):
+    if xy.shape != (len(labels), 2):
+        raise InputError(f'xy is (N, 2), a point for each label, and not {xy.shape}')
+    if labels.size and not 0 <= labels.min() <= labels.max() < len(names):
+        raise InputError(f'the labels are places in vocab, from 0 to {len(names)-1}')
+
+# %% ../nbs/40_explain.ipynb #83304c93
 def plot_embedding(
     xy, # (N, 2), from `embed`
     labels, # (N,) places in `vocab`
     vocab, # the names of all classes
     ax:plt.Axes|None=None # where to draw, without a legend; None: a figure of its own
 ) -> plt.Figure:
-    "A point for each image, a colour and a shape for each class; with a legend up to 20 classes"
+    "A point for each image, a colour and a shape for each class; a legend up to 20 classes"
     xy,labels,names = np.asarray(xy),np.asarray(labels),list(vocab)
-    if xy.shape != (len(labels), 2): raise InputError(f'xy is (N, 2), a point for each label, and not {xy.shape}')
-    if labels.size and not 0 <= labels.min() <= labels.max() < len(names):
-        raise InputError(f'the labels are places in vocab, from 0 to {len(names)-1}')
-    few,alone = len(names) <= 20,ax is None
-    if alone: _,ax = plt.subplots(figsize=(7 if few else 5.5, 4.5), layout='constrained')
-    cmap = plt.get_cmap('tab10' if len(names) <= 10 else 'turbo')
+    _check_points(xy, labels, names)
+    n,has_own_figure = len(names),ax is None
+    width = 7 if n <= 20 else 5.5
+    if has_own_figure: _,ax = plt.subplots(figsize=(width, 4.5), layout='constrained')
+    cmap = plt.get_cmap('tab10' if n <= 10 else 'turbo')
     for i in np.unique(labels):
-        here = xy[labels == i]
-        ax.scatter(*here.T, s=14, lw=0, alpha=0.8, marker='osD^vP*X<>'[i % 10], label=_short(names[i]),
-                   color=cmap(int(i) if len(names) <= 10 else i/(len(names) - 1)))
+        ax.scatter(*xy[labels == i].T, s=14, lw=0, alpha=0.8, marker='osD^vP*X<>'[i % 10],
+                   color=cmap(int(i) if n <= 10 else i/(n - 1)), label=_short(names[i]))
     ax.set(xticks=[], yticks=[])
-    if alone and few: ax.figure.legend(loc='outside right upper', fontsize=8, frameon=False)
+    if has_own_figure and n <= 20:
+        ax.figure.legend(loc='outside right upper', fontsize=8, frameon=False)
     return ax.figure
 
 # %% ../nbs/40_explain.ipynb #e36bb0cf
@@ -112,15 +136,16 @@ def _first_conv(model):
     if found is None: raise InputError('this network has no convolution')
     return found
 
-# %% ../nbs/40_explain.ipynb #2a01b7fb
+# %% ../nbs/40_explain.ipynb #e2428543
 def _grid(n, cols=8): # figure and n axes
     cols = min(cols, n)
     rows = -(-n//cols)
-    fig,axes = plt.subplots(rows, cols, figsize=(7*cols/8, 7*rows/8), squeeze=False, layout='constrained')
+    fig,axes = plt.subplots(rows, cols, figsize=(7*cols/8, 7*rows/8), squeeze=False,
+                            layout='constrained')
     for ax in axes.flat: ax.set_axis_off()
     return fig, axes.flat[:n]
 
-# %% ../nbs/40_explain.ipynb #5d7a7a32
+# %% ../nbs/40_explain.ipynb #909daeec
 def plot_filters(
     model:nn.Module # with a convolution
 ) -> plt.Figure:
@@ -129,19 +154,21 @@ def plot_filters(
     if w.shape[1] != 3: w = w.mean(1, keepdim=True)
     w = w/w.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-12)/2 + 0.5
     fig,axes = _grid(len(w))
-    for ax,o in zip(axes, w.permute(0, 2, 3, 1).numpy()): ax.imshow(o, cmap='gray', vmin=0, vmax=1)
+    for ax,o in zip(axes, w.permute(0, 2, 3, 1)): ax.imshow(o, cmap='gray', vmin=0, vmax=1)
     return fig
 
-# %% ../nbs/40_explain.ipynb #4441113b
+# %% ../nbs/40_explain.ipynb #9dcf9b8a
 def _batch(model, x): # (N, C, H, W), on the network's device
     conv = _first_conv(model)
     if isinstance(x, Tensor) and x.ndim == 3: x = x[None]
-    if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or x.shape[1] != conv.in_channels:
-        raise InputError(f'images are a tensor of floats as the network takes them, (N, {conv.in_channels}, H, W), '
-                         f"and not {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
-    return x.detach().as_subclass(Tensor).to(conv.weight.device)
+    is_image = isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point()
+    if is_image and x.shape[1] == conv.in_channels:
+        return x.detach().as_subclass(Tensor).to(conv.weight.device)
+    raise InputError('images are a tensor of floats as the network takes them, '
+                     f'(N, {conv.in_channels}, H, W), and not '
+                     f'{tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}')
 
-# %% ../nbs/40_explain.ipynb #65a8e500
+# %% ../nbs/40_explain.ipynb #b7b26b69
 def feature_maps(
     model:nn.Module,
     x:Tensor, # one image as the network takes it, (C, H, W) or (1, C, H, W)
@@ -150,7 +177,8 @@ def feature_maps(
     "What a layer makes of an image"
     x = _batch(model, x)
     if len(x) != 1: raise InputError(f'the maps of one image are shown, and x has {len(x)}')
-    with _looking(model), _watching(model, layer, lambda out: out.detach().clone()) as seen: model(x)
+    copied = lambda out: out.detach().clone()
+    with _looking(model), _watching(model, layer, copied) as seen: model(x)
     if seen[0].ndim != 4: raise InputError('this layer puts out values, and no maps')
     return seen[0][0].cpu()
 
@@ -162,53 +190,52 @@ def filtered(
     "What each filter of the first convolution makes of an image"
     return feature_maps(model, image, _first_conv(model))
 
-# %% ../nbs/40_explain.ipynb #1d24d6e5
+# %% ../nbs/40_explain.ipynb #181dd8e0
+def _strongest(maps, n): # numbers of the n channels with the largest values, in their order
+    return maps.abs().amax((1, 2)).topk(min(n, len(maps))).indices.sort().values.tolist()
+
+# %% ../nbs/40_explain.ipynb #0ea7bbae
 def plot_maps(
     maps:Tensor, # (C, h, w), from `feature_maps` or `filtered`
     n:int=16, # maps at most
     title:str='' # of the figure
 ) -> plt.Figure:
-    "The maps with the largest values, in the order and with the numbers of their channels, on one scale"
+    "The maps with the largest values, under the numbers of their channels, on one scale"
     maps = torch.as_tensor(maps).detach().cpu().float()
-    if maps.ndim != 3 or n < 1: raise InputError(f'maps are (C, h, w) and n at least 1, not {tuple(maps.shape)}, {n}')
-    at = maps.abs().amax((1, 2)).topk(min(n, len(maps))).indices.sort().values
-    fig,axes = _grid(len(at))
+    if maps.ndim != 3 or n < 1:
+        raise InputError(f'maps are (C, h, w) and n at least 1, not {tuple(maps.shape)}, {n}')
+    shown = _strongest(maps, n)
+    fig,axes = _grid(len(shown))
     fig.set_figheight(fig.get_figheight()*1.25 + (0.25 if title else 0))
     if title: fig.suptitle(title, fontsize=9)
-    low,high = maps[at].min().item(),maps[at].max().item()
-    for ax,i in zip(axes, at.tolist()):
+    low,high = maps[shown].min().item(),maps[shown].max().item()
+    for ax,i in zip(axes, shown):
         ax.imshow(maps[i].numpy(), cmap='viridis', vmin=low, vmax=high)
         ax.set_title(i, fontsize=8)
     return fig
 
-# %% ../nbs/40_explain.ipynb #1bf80d4c
-def grad_cam(
-    model:nn.Module, # its training flags, gradients and hooks are left as they are
-    x:Tensor, # images as the network takes them, (N, 3, H, W), on its device
-    target=None, # class to explain, by its number: one for all images, or N; None: the most probable of each
-    layer=None # as in `find_layer`: the layer whose output (N, C, h, w) is looked at
-) -> Tensor: # (N, h, w), from 0 to 1, which is the largest value of each image; 0 everywhere if nothing speaks for it
-    "Where in each image the evidence for a class lies (Selvaraju et al. 2017, section 3)"
-    seen,flags = [],[(m, m.training) for m in model.modules()]
-    def keep(module, args, out): # the gradient is needed from here on
-        seen.append(out.detach().requires_grad_())
-        return seen[-1].clone() # which a ReLU may change in place
-    hook = find_layer(model, layer).register_forward_hook(keep)
-    try:
-        model.eval()
-        with torch.inference_mode(False), torch.enable_grad():
-            logits = model(x.detach().clone().as_subclass(Tensor))
-            if not seen or seen[-1].ndim != 4:
-                raise InputError('Grad-CAM needs a layer that puts out maps (N, C, h, w), and this one does not')
-            chosen = check_target(target, logits)
-            grad, = torch.autograd.grad(logits.gather(1, chosen[:, None]).sum(), seen[-1])
-    finally:
-        hook.remove()
-        for m,flag in flags: m.training = flag
-    maps = (grad.mean((2, 3), keepdim=True)*seen[-1].detach()).sum(1).relu()
-    return maps/maps.amax((1, 2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+# %% ../nbs/40_explain.ipynb #2c449e27
+@contextmanager
+def _leaf_at(model, layer):
+    "A list of the layer's outputs, from which on gradients are recorded"
+    leaves = []
+    def cut(module, args, out):
+        leaves.append(out.detach().requires_grad_())
+        return leaves[-1].clone() # which a ReLU may change in place
+    hook = find_layer(model, layer).register_forward_hook(cut)
+    try: yield leaves
+    finally: hook.remove()
 
-# %% ../nbs/40_explain.ipynb #decdfdd5
+# %% ../nbs/40_explain.ipynb #b4a8bd8d
+@contextmanager
+def _restore_mode(model):
+    "The training flag of each module is what it was, whatever happens inside"
+    flags = [(m, m.training) for m in model.modules()]
+    try: yield
+    finally:
+        for m,flag in flags: m.training = flag
+
+# %% ../nbs/40_explain.ipynb #52de35fc
 def check_target(
     target, # as in `grad_cam`
     logits:Tensor # (N, classes)
@@ -218,82 +245,121 @@ def check_target(
     if target is None: return logits.argmax(1)
     target = torch.as_tensor(target, device=logits.device)
     if target.is_floating_point() or target.shape not in ((), (1,), (n,)):
-        raise InputError(f'target is the number of a class, or one for each of {n} images, and not {target.tolist()}')
+        raise InputError(f'target is the number of a class, or one for each of {n} images, '
+                         f'and not {target.tolist()}')
     if target.min() < 0 or target.max() >= classes:
-        raise InputError(f'the classes are numbered from 0 to {classes-1}, and target is {target.tolist()}')
+        raise InputError(f'the classes are numbered from 0 to {classes-1}, '
+                         f'and target is {target.tolist()}')
     return target.long().expand(n)
 
-# %% ../nbs/40_explain.ipynb #2c7ef939
+# %% ../nbs/40_explain.ipynb #bbb66efc
+def _maps_and_gradient(model, x, target, layer): # both (N, C, h, w)
+    with (_restore_mode(model), _leaf_at(model, layer) as maps, torch.inference_mode(False),
+          torch.enable_grad()):
+        logits = model.eval()(x.detach().clone().as_subclass(Tensor))
+        if not maps or maps[-1].ndim != 4:
+            raise InputError('Grad-CAM needs a layer that puts out maps (N, C, h, w), '
+                             'and this one does not')
+        scores = logits.gather(1, check_target(target, logits)[:, None])
+        return maps[-1].detach(), torch.autograd.grad(scores.sum(), maps[-1])[0]
+
+# %% ../nbs/40_explain.ipynb #5b5886f8
+def grad_cam(
+    model:nn.Module, # its training flags, gradients and hooks are left as they are
+    x:Tensor, # images as the network takes them, (N, 3, H, W), on its device
+    target=None, # number of the class, one for all images or N; None: the most probable of each
+    layer=None # as in `find_layer`: the layer whose output (N, C, h, w) is looked at
+) -> Tensor: # (N, h, w), largest value of each 1; 0 everywhere if nothing speaks for the class
+    "Where in each image the evidence for a class lies (Selvaraju et al. 2017, section 3)"
+    maps,gradient = _maps_and_gradient(model, x, target, layer)
+    cam = (gradient.mean((2, 3), keepdim=True)*maps).sum(1).relu()
+    return cam/cam.amax((1, 2), keepdim=True).clamp(min=torch.finfo(cam.dtype).tiny)
+
+# %% ../nbs/40_explain.ipynb #dcb0bb7e
+def _rgb(image): # (H, W, 3), floats from 0 to 1
+    if not isinstance(image, Tensor): return np.asarray(open_image(image))/255
+    pixels = image.detach().cpu().as_subclass(Tensor).permute(1, 2, 0)
+    return (pixels if pixels.is_floating_point() else pixels/255).float().clamp(0, 1).numpy()
+
+# %% ../nbs/40_explain.ipynb #f8b59f33
+def _scaled(cam, size): # an array of that height and width, from 0 to 1
+    cam = torch.as_tensor(cam).detach().cpu().float()[None, None]
+    return F.interpolate(cam, size, mode='bilinear')[0, 0].clamp(0, 1).numpy()
+
+# %% ../nbs/40_explain.ipynb #a43b2888
 def overlay(
-    image, # (3, H, W) tensor, floats to 1 or whole numbers to 255, or what `open_image` takes: path, PIL image, ...
+    image, # (3, H, W), floats to 1 or whole numbers to 255, or what `open_image` takes
     cam:Tensor, # (h, w), from 0 to 1
-    alpha:float=0.5 # share of the colours where the map is 1; where it is 0 the image stays as it is
+    alpha:float=0.5 # share of the colours where the map is 1; where it is 0 the image stays
 ) -> np.ndarray: # uint8 (H, W, 3)
     "An image with a map laid over it, scaled to its size, from nothing over red to yellow"
     if not 0 <= alpha <= 1: raise InputError(f'alpha is a share from 0 to 1, and not {alpha}')
-    if isinstance(image, Tensor):
-        base = image.detach().cpu().as_subclass(Tensor).permute(1, 2, 0)
-        base = (base if base.is_floating_point() else base/255).float().clamp(0, 1).numpy()
-    else: base = np.asarray(open_image(image))/255
-    m = torch.as_tensor(cam).detach().cpu().float()[None, None]
-    m = F.interpolate(m, base.shape[:2], mode='bilinear', align_corners=False)[0, 0].clamp(0, 1).numpy()
-    share = alpha*m[..., None]
-    return (((1 - share)*base + share*plt.get_cmap('autumn')(m)[..., :3])*255).round().astype(np.uint8)
+    base = _rgb(image)
+    cam = _scaled(cam, base.shape[:2])
+    share = alpha*cam[..., None]
+    mixed = (1 - share)*base + share*plt.get_cmap('autumn')(cam)[..., :3]
+    return (mixed*255).round().astype(np.uint8)
 
-# %% ../nbs/40_explain.ipynb #66e41d29
+# %% ../nbs/40_explain.ipynb #2749b968
+def _conv_gradients(model, x, y): # {convolution: its weight}, and the gradients in the same order
+    weights = {n: p.detach().clone().requires_grad_() for n,p in model.named_parameters()}
+    statistics = {n: b.detach().clone() for n,b in model.named_buffers()}
+    logits = torch.func.functional_call(model, {**weights, **statistics}, (x.clone(),))
+    names = [n for n,m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    convs = {n: weights[f'{n}.weight'] for n in names}
+    loss = F.cross_entropy(logits, check_target(y, logits))
+    return convs, torch.autograd.grad(loss, [*convs.values()])
+
+# %% ../nbs/40_explain.ipynb #367b5706
 def gradient_flow(
     model:nn.Module, # its gradients, flags and running statistics are left as they are
     x:Tensor, # images as the network takes them, (N, C, H, W)
     y:Tensor, # their classes, (N,)
-    training:bool=True # batch norms use the statistics of the batch, as in training; False: those they have collected
+    training:bool=True # batch norms use the statistics of the batch; False: the collected ones
 ) -> pd.DataFrame: # a row for each convolution, in the network's order: layer, gradient, weight
-    "Norms of the gradient of the cross-entropy with respect to each convolution's weight, and of the weight itself"
+    "Norms of each convolution's weight and of the cross-entropy's gradient for it"
     x = _batch(model, x)
     y = torch.as_tensor(y).as_subclass(Tensor).to(x.device)
-    if y.shape != x.shape[:1]: raise InputError(f'y is a class for each of {len(x)} images, and not {tuple(y.shape)}')
-    flags = [(m, m.training) for m in model.modules()]
-    try:
-        model.train(training)
-        with torch.inference_mode(False), torch.enable_grad():
-            weights = {n: p.detach().clone().requires_grad_() for n,p in model.named_parameters()}
-            statistics = {n: b.detach().clone() for n,b in model.named_buffers()}
-            logits = torch.func.functional_call(model, {**weights, **statistics}, (x.clone(),))
-            convs = {n: weights[f'{n}.weight'] for n,m in model.named_modules() if isinstance(m, nn.Conv2d)}
-            grads = torch.autograd.grad(F.cross_entropy(logits, check_target(y, logits)), [*convs.values()])
-    finally:
-        for m,flag in flags: m.training = flag
-    return pd.DataFrame(dict(layer=list(convs), gradient=[g.norm().item() for g in grads],
+    if y.shape != x.shape[:1]:
+        raise InputError(f'y is a class for each of {len(x)} images, and not {tuple(y.shape)}')
+    with _restore_mode(model), torch.inference_mode(False), torch.enable_grad():
+        convs,gradients = _conv_gradients(model.train(training), x, y)
+    return pd.DataFrame(dict(layer=list(convs), gradient=[g.norm().item() for g in gradients],
                              weight=[w.detach().norm().item() for w in convs.values()]))
 
-# %% ../nbs/40_explain.ipynb #7dfd1e3b
+# %% ../nbs/40_explain.ipynb #14195ac4
 def residual_blocks(model:nn.Module) -> list: # names of modules, from the image to the classes
     "The residual blocks of a network; with `PlainBlock`, the blocks in their places"
-    return [n for n,m in model.named_modules() if isinstance(m, (ResBlock, BottleneckBlock, PreActBlock))]
+    kinds = ResBlock,BottleneckBlock,PreActBlock
+    return [n for n,m in model.named_modules() if isinstance(m, kinds)]
 
-# %% ../nbs/40_explain.ipynb #0f68e129
-def _fixed(block): # whether nothing could take its place: it changes the shape, and there is no way around it
-    convs = [m for m in (block.conv1, block.conv2, getattr(block, 'conv3', None)) if m is not None]
-    return not block.skip and (convs[0].in_channels != convs[-1].out_channels or
-                               any(o.stride != (1, 1) for o in convs))
-
-# %% ../nbs/40_explain.ipynb #0a6c3708
+# %% ../nbs/40_explain.ipynb #fb82ce4c
 def _shortcut(self, x): # the forward of a block without its branch
     if not self.skip: return x
-    if self.preact: return x if self.downsample is None else self.downsample(self.relu(self.bn1(x)))
-    return self.relu(x.clone() if self.downsample is None else self.downsample(x)) # which may work in place
+    if self.preact:
+        return x if self.downsample is None else self.downsample(self.relu(self.bn1(x)))
+    return self.relu(x.clone() if self.downsample is None else self.downsample(x)) # in place
 
-# %% ../nbs/40_explain.ipynb #a1147d9b
+# %% ../nbs/40_explain.ipynb #0685dce2
+def _is_irreplaceable(block): # it changes the shape, and there is no way around it
+    convs = [m for m in block.children() if isinstance(m, nn.Conv2d)]
+    changes_channels = convs[0].in_channels != convs[-1].out_channels
+    return not block.skip and (changes_channels or any(o.stride != (1, 1) for o in convs))
+
+# %% ../nbs/40_explain.ipynb #0a09b24d
 @contextmanager
 def without_block(
     model:nn.Module,
-    name:str # in `blocks(model)`
+    name:str # in `residual_blocks(model)`
 ):
-    "Leave nothing of a block but its shortcut, in a `with`; several can be nested (Veit et al. 2016, section 4.1)"
+    "Within a `with`, a block is only its shortcut (Veit et al. 2016, section 4.1); can be nested"
     if name not in (known := residual_blocks(model)):
-        raise InputError(f"there is no block {name!r} in this network: it has {', '.join(known) or 'none'}")
+        raise InputError(f'there is no block {name!r} in this network: '
+                         f"it has {', '.join(known) or 'none'}")
     block = model.get_submodule(name)
-    if _fixed(block):
-        raise InputError(f'{name} changes the shape of its input and has no shortcut: nothing can take its place')
+    if _is_irreplaceable(block):
+        raise InputError(f'{name} changes the shape of its input and has no shortcut: '
+                         'nothing can take its place')
     before = vars(block).get('forward')
     block.forward = types.MethodType(_shortcut, block)
     try: yield model
@@ -301,25 +367,30 @@ def without_block(
         if before is None: del block.forward
         else: block.forward = before
 
-# %% ../nbs/40_explain.ipynb #2139b8f4
+# %% ../nbs/40_explain.ipynb #9f245be2
+def _accuracies_without(model, names, dl): # of the whole network, then without each block
+    correct,n = np.zeros(len(names) + 1, dtype=int),0
+    with _looking(model):
+        for batch in dl:
+            xb,yb = (o.as_subclass(Tensor) for o in batch)
+            n_correct = lambda: (model(xb).argmax(1) == yb).sum().item()
+            correct[0] += n_correct()
+            for i,name in enumerate(names, 1):
+                with without_block(model, name): correct[i] += n_correct()
+            n += len(yb)
+    return correct/n
+
+# %% ../nbs/40_explain.ipynb #b055446a
 def delete_blocks(
     learn, # a fastai `Learner`
     ds_idx:int=1 # as in `predictions`
-) -> pd.DataFrame: # block, accuracy, drop (from the accuracy of the whole network, which is in .attrs['accuracy'])
+) -> pd.DataFrame: # block, accuracy, drop; the whole network's accuracy is in .attrs['accuracy']
     "The accuracy without each block, one at a time; blocks that nothing can replace are left out"
     model,dl = learn.model,_loader(learn, ds_idx)
-    names = [n for n in residual_blocks(model) if not _fixed(model.get_submodule(n))]
+    names = [n for n in residual_blocks(model) if not _is_irreplaceable(model.get_submodule(n))]
     if not names: raise InputError('this network has no block that could be deleted')
-    right,n = np.zeros(len(names) + 1, dtype=int),0
-    with _looking(model):
-        for xb,yb in dl:
-            xb,yb = (o.as_subclass(Tensor) for o in (xb, yb))
-            score = lambda: (model(xb).argmax(1) == yb).sum().item()
-            right[0] += score()
-            for i,name in enumerate(names, 1):
-                with without_block(model, name): right[i] += score()
-            n += len(yb)
-    whole,*less = right/n
-    table = pd.DataFrame(dict(block=names, accuracy=less)).assign(drop=lambda o: whole - o.accuracy)
+    whole,*accuracy = _accuracies_without(model, names, dl)
+    table = pd.DataFrame(dict(block=names, accuracy=accuracy))
+    table['drop'] = whole - table.accuracy
     table.attrs['accuracy'] = float(whole)
     return table

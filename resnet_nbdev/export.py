@@ -22,44 +22,54 @@ from .networks import ResNet
 from .runs import load_run
 from .weights import torchvision_state
 
-# %% ../nbs/42_export.ipynb #492f5fa1
-_TO_SQUARE = dict(crop='cut out the middle square and scale it to {0}x{0} pixels', squish='scale it to {0}x{0} pixels',
-    pad='scale its longer side to {0} pixels and put black on both sides of the other to make it a square',
-    croppad='put it in the middle of a black square of {0}x{0} pixels, cutting off what is larger')
+# %% ../nbs/42_export.ipynb #f930411c
+_TO_SQUARE = dict(
+    crop='cut out the middle square and scale it to {0}x{0} pixels',
+    squish='scale it to {0}x{0} pixels',
+    pad='scale its longer side to {0} pixels and put black on both sides of the other '
+        'to make it a square',
+    croppad='put it in the middle of a black square of {0}x{0} pixels, '
+            'cutting off what is larger')
 
-# %% ../nbs/42_export.ipynb #42ab374b
+# %% ../nbs/42_export.ipynb #23681b90
+def _size_steps(data): # how an image gets its size, in words
+    presize,resize = data['presize'],data['resize']
+    steps = [_TO_SQUARE[data.get('fit', 'crop')].format(presize)]
+    if (data['augment'] or {}).get('crop'):
+        steps.append(f'cut out the middle {resize}x{resize} pixels')
+    elif resize != presize: steps.append(f'scale that to {resize}x{resize} pixels')
+    is_scaled = any('scale' in o for o in steps)
+    return steps + ['scale bilinearly, with antialiasing, as Pillow does']*is_scaled
+
+# %% ../nbs/42_export.ipynb #ee349814
 def input_recipe(
     data:dict, # of a run's config.json: presize, resize, augment, fit
     inside:bool=True # the file normalises what it is given
 ) -> str: # a sentence
     "How an image becomes the input, in words"
-    presize,resize = data['presize'],data['resize']
     steps = ['turn the image as its EXIF entry says', 'make it RGB, transparent parts white',
-             _TO_SQUARE[data.get('fit', 'crop')].format(presize)]
-    if (data['augment'] or {}).get('crop'): steps.append(f'cut out the middle {resize}x{resize} pixels')
-    elif resize != presize: steps.append(f'scale that to {resize}x{resize} pixels')
-    if any('scale' in o for o in steps): steps.append('scale bilinearly, with antialiasing, as Pillow does')
-    steps.append('divide the bytes by 255')
+             *_size_steps(data), 'divide the bytes by 255']
     if not inside: steps.append('subtract mean and divide by std, channel by channel')
     return '; '.join(steps) + '; the order is batch, channel, height, width'
 
-# %% ../nbs/42_export.ipynb #5ca2acd9
+# %% ../nbs/42_export.ipynb #732a21bc
 def describe_run(
     model:nn.Module, # of the run
     config:dict, # its config.json
     weights:str='best', # which of its weights these are
     inside:bool=True # the file normalises what it is given
 ) -> dict: # arch, classes, input, presize, resize, fit, mean, std, ...
-    "What a user of the weights has to know, as it travels inside of an exported file"
+    "What a user of the weights has to know, as it travels inside an exported file"
     data = config['data']
     mean,std = fix_stats(data.get('stats', 'imagenet')) or ([0.]*3, [1.]*3)
     made_with = {k: v for k,v in versions().items() if k in ('resnet_nbdev', 'torch')}
-    return dict(run=config.get('name'), weights=weights, arch=config['arch'], classes=list(map(str, data['vocab'])),
-                input=input_recipe(data, inside), presize=data['presize'], resize=data['resize'],
-                fit=data.get('fit', 'crop'), mean=list(mean), std=list(std), normalised_inside=inside,
+    return dict(run=config.get('name'), weights=weights, arch=config['arch'],
+                classes=list(map(str, data['vocab'])), input=input_recipe(data, inside),
+                presize=data['presize'], resize=data['resize'], fit=data.get('fit', 'crop'),
+                mean=list(mean), std=list(std), normalised_inside=inside,
                 smallest=getattr(model, 'stride', 1), made_with=made_with)
 
-# %% ../nbs/42_export.ipynb #f1a1621b
+# %% ../nbs/42_export.ipynb #0b0b078e
 class NormalizedModel(nn.Module):
     "A network with its normalisation before it, as part of the graph"
     def __init__(self, model:nn.Module, mean, std): # of three channels, of values from 0 to 1
@@ -68,71 +78,79 @@ class NormalizedModel(nn.Module):
         for k,v in dict(mean=mean, std=std).items():
             self.register_buffer(k, torch.tensor(v, dtype=torch.float32).view(1, -1, 1, 1))
 
-    def forward(self, x:Tensor) -> Tensor: # (N, 3, H, W) from 0 to 1 -> (N, classes), before the softmax
+    def forward(self, x:Tensor) -> Tensor: # (N, 3, H, W) from 0 to 1 -> (N, classes), no softmax
         return self.model((x - self.mean)/self.std)
 
-# %% ../nbs/42_export.ipynb #1d76e7b7
+# %% ../nbs/42_export.ipynb #95e46f0f
+def _first(layer, name, default): # of a pair, where both are equal
+    value = getattr(layer, name, default)
+    return value[0] if isinstance(value, tuple) else value
+
+# %% ../nbs/42_export.ipynb #860a576d
 class Windows(nn.Module):
-    "What a pooling layer or `ZeroPad` does, written as windows, whose number `torch.export` knows for any size"
+    "What a pooling layer or `ZeroPad` does, as windows, whose number `torch.export` always knows"
     def __init__(self, layer:nn.Module):
         super().__init__()
-        get = lambda k, default: o[0] if isinstance(o := getattr(layer, k, default), tuple) else o
-        self.ks,self.s,self.pad = get('kernel_size', 1),get('stride', getattr(layer, 's', 1)),get('padding', 0)
+        self.ks,self.pad = _first(layer, 'kernel_size', 1),_first(layer, 'padding', 0)
+        self.s = _first(layer, 'stride', getattr(layer, 's', 1))
         self.mean,self.extra = isinstance(layer, nn.AvgPool2d),getattr(layer, 'extra', 0)
 
     def forward(self, x:Tensor) -> Tensor:
-        if self.mean: x = F.pad(x, (0, 1, 0, 1), mode='replicate') # for a window of 2 that is half outside
+        if self.mean: x = F.pad(x, (0, 1, 0, 1), mode='replicate') # last window: half outside
         elif self.pad: x = F.pad(x, (self.pad,)*4, value=-torch.inf)
         x = x.unfold(2, self.ks, self.s).unfold(3, self.ks, self.s) # (N, C, h, w, ks, ks)
         x = x.mean((4, 5)) if self.mean else x.amax((4, 5))
         return F.pad(x, (0, 0, 0, 0, 0, self.extra)) if self.extra else x
 
-# %% ../nbs/42_export.ipynb #13ec663b
+# %% ../nbs/42_export.ipynb #a5b9388e
+def _needs_windows(layer): # and `Windows` does the same
+    if isinstance(layer, nn.AvgPool2d):
+        return layer.ceil_mode and (layer.kernel_size, layer.stride, layer.padding) == (2, 2, 0)
+    if isinstance(layer, nn.MaxPool2d): return layer.dilation == 1 and not layer.ceil_mode
+    return isinstance(layer, ZeroPad)
+
+# %% ../nbs/42_export.ipynb #64d94e43
 def windowed(model:nn.Module) -> nn.Module: # a copy
     "The same network, with `Windows` where `torch.export` would insist on some sizes"
-    def fits(m):
-        if isinstance(m, nn.AvgPool2d): return (m.kernel_size, m.stride, m.padding, m.ceil_mode) == (2, 2, 0, True)
-        return isinstance(m, ZeroPad) or isinstance(m, nn.MaxPool2d) and m.dilation == 1 and not m.ceil_mode
     model = copy.deepcopy(model)
     for m in [*model.modules()]:
         for name,child in m.named_children():
-            if fits(child): setattr(m, name, Windows(child))
+            if _needs_windows(child): setattr(m, name, Windows(child))
     return model
 
-# %% ../nbs/42_export.ipynb #24605676
-FORMATS = 'onnx','pt2','safetensors'
-
-# %% ../nbs/42_export.ipynb #9224f253
+# %% ../nbs/42_export.ipynb #eb2875f6
 def _need(module, extra): # `module`, or how to get it
     try: return __import__(module)
-    except ImportError: raise InputError(f"this needs {module}: pip install 'resnet_nbdev[{extra}]'") from None
+    except ImportError:
+        message = f"this needs {module}: pip install 'resnet_nbdev[{extra}]'"
+        raise InputError(message) from None
 
-# %% ../nbs/42_export.ipynb #84aa4869
+# %% ../nbs/42_export.ipynb #6fc53987
 def _onnx_bytes(net, about):
-    onnx,to = _need('onnx', 'export'),io.BytesIO()
+    onnx,to,side = _need('onnx', 'export'),io.BytesIO(),2*about['smallest']
     axes = dict(image={0: 'batch', 2: 'height', 3: 'width'}, logits={0: 'batch'})
-    side = 2*about['smallest']
-    torch.onnx.export(net, (torch.rand(2, 3, side, side),), to, dynamo=False, input_names=['image'],
-                      output_names=['logits'], dynamic_axes=axes, opset_version=17)
+    torch.onnx.export(net, (torch.rand(2, 3, side, side),), to, dynamo=False, opset_version=17,
+                      input_names=['image'], output_names=['logits'], dynamic_axes=axes)
     graph = onnx.load_from_string(to.getvalue())
     onnx.helper.set_model_props(graph, dict(about=json.dumps(about)))
     return graph.SerializeToString()
 
-# %% ../nbs/42_export.ipynb #0c0938ab
-def _onnx_call(content):
+# %% ../nbs/42_export.ipynb #3ed24aeb
+def _onnx_call(content): # from images to logits
     onnx,ort = _need('onnx', 'export'),_need('onnxruntime', 'export')
     onnx.checker.check_model(onnx.load_from_string(content), full_check=True)
     session = ort.InferenceSession(content, providers=['CPUExecutionProvider'])
     return lambda x: torch.from_numpy(session.run(None, dict(image=x.numpy()))[0])
 
-# %% ../nbs/42_export.ipynb #0093ce40
+# %% ../nbs/42_export.ipynb #4fc00785
 def _pt2_bytes(net, about):
     to,least,Dim = io.BytesIO(),about['smallest'],torch.export.Dim
     free = {0: Dim('batch', min=1), 2: Dim('height', min=least), 3: Dim('width', min=least)}
-    graph = torch.export.export(windowed(net), (torch.rand(2, 3, 2*least, 3*least),), dynamic_shapes=(free,),
-                                strict=False)
-    for node in graph.graph.nodes: # would tell where the source code lies on this computer
-        for k in ('stack_trace', 'nn_module_stack', 'source_fn_stack', 'torch_fn'): node.meta.pop(k, None)
+    example = torch.rand(2, 3, 2*least, 3*least)
+    graph = torch.export.export(windowed(net), (example,), dynamic_shapes=(free,), strict=False)
+    for node in graph.graph.nodes:
+        for k in ('stack_trace', 'nn_module_stack', 'source_fn_stack', 'torch_fn'):
+            node.meta.pop(k, None)
     torch.export.save(graph, to, extra_files=dict(about=json.dumps(about)))
     return to.getvalue()
 
@@ -142,7 +160,14 @@ def _pt2_call(content): return torch.export.load(io.BytesIO(content)).module()
 # %% ../nbs/42_export.ipynb #b2e8345d
 _WRITERS = dict(onnx=(_onnx_bytes, _onnx_call), pt2=(_pt2_bytes, _pt2_call))
 
-# %% ../nbs/42_export.ipynb #bc850193
+# %% ../nbs/42_export.ipynb #2ff958e4
+def _relative_gap(got, expected): # of the largest logit, or of 1 if that is larger
+    if got.shape != expected.shape:
+        raise InputError(f'it gives {tuple(got.shape)} in place of {tuple(expected.shape)}')
+    gap = (got - expected).abs().max()/expected.abs().max().clamp(min=1)
+    return gap.nan_to_num(torch.inf).item()
+
+# %% ../nbs/42_export.ipynb #524bc92c
 @torch.no_grad()
 def largest_gap(
     call, # from images (N, 3, H, W) to logits
@@ -150,39 +175,65 @@ def largest_gap(
     sizes:list # (N, H, W) to try
 ) -> float: # as a share of the largest logit, or of 1 if that is larger
     "How far two networks differ on random images"
-    gap,rng = 0.,torch.Generator().manual_seed(0)
-    for n,h,w in sizes:
-        x = torch.rand(n, 3, h, w, generator=rng)
-        got,want = call(x),net(x)
-        if got.shape != want.shape: raise InputError(f'it gives {tuple(got.shape)} in place of {tuple(want.shape)}')
-        gap = max(gap, ((got - want).abs().max()/want.abs().max().clamp(min=1)).nan_to_num(torch.inf).item())
-    return gap
+    rng = torch.Generator().manual_seed(0)
+    images = (torch.rand(n, 3, h, w, generator=rng) for n,h,w in sizes)
+    return max((_relative_gap(call(x), net(x)) for x in images), default=0.)
 
-# %% ../nbs/42_export.ipynb #677f1c9b
+# %% ../nbs/42_export.ipynb #1f03270c
+def _graph_bytes(net, about, to): # of a file, or one sentence if the format cannot hold this
+    try: return _WRITERS[to][0](net, about)
+    except InputError: raise
+    except Exception as e: # of many kinds, for an operation that the format does not have
+        raise InputError(f'{to} has no form of this network ({error_reason(e)})') from e
+
+# %% ../nbs/42_export.ipynb #2ca82c3d
+def _sizes_to_try(side, step): # that of the training, and one that is no multiple of the stride
+    return [(n, h, w) for n in (1, 3) for h,w in ((side, side), (side + step//2 + 1, 2*side + 1))]
+
+# %% ../nbs/42_export.ipynb #ff14a820
 def export_model(
     model:nn.Module, # in eval mode on the CPU
     about:dict, # from `describe_run`
     to:str='onnx' # 'onnx' or 'pt2'
 ) -> bytes: # of a file that has been read back and compared with `model`
     "A network with its normalisation as a graph for images of any number and size"
-    make,read = _WRITERS[to]
-    net,side,step = NormalizedModel(model, about['mean'], about['std']).eval(),about['resize'],about['smallest']
+    net,side = NormalizedModel(model, about['mean'], about['std']).eval(),about['resize']
+    step = about['smallest']
     if to == 'pt2':
         about = dict(about, smallest=step + 1) # a last map of 1x1 would need a graph of its own
         if side <= step:
-            raise InputError(f'a pt2 file takes images of more than {step} pixels, and this run has {side}')
+            raise InputError(f'a pt2 file takes images of more than {step} pixels, '
+                             f'and this run has {side}')
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # of an exporter that is to be replaced, and of buffers that are not written to
-        try: content = make(net, about)
-        except InputError: raise
-        except Exception as e: # of many kinds, for an operation that the format does not have
-            raise InputError(f'{to} has no form of this network ({error_reason(e)})') from e
-        gap = largest_gap(read(content), net, [(n, *hw) for n in (1, 3) for hw in ((side, side),
-                                                                                  (side + step//2 + 1, 2*side + 1))])
-    if gap > 1e-4: raise InputError(f'the {to} file differs from the network by {gap:.1e} of its largest logit')
-    return content
+        warnings.simplefilter('ignore') # an old exporter; buffers that nothing writes to
+        content = _graph_bytes(net, about, to)
+        gap = largest_gap(_WRITERS[to][1](content), net, _sizes_to_try(side, step))
+    if gap <= 1e-4: return content
+    raise InputError(f'the {to} file differs from the network by {gap:.1e} of its largest logit')
 
-# %% ../nbs/42_export.ipynb #e3d63d60
+# %% ../nbs/42_export.ipynb #24605676
+FORMATS = 'onnx','pt2','safetensors'
+
+# %% ../nbs/42_export.ipynb #b3662096
+def _weights_bytes(model, about):
+    state = torchvision_state(model) if isinstance(model, ResNet) else model.state_dict()
+    state = {k: v.detach().contiguous() for k,v in state.items()}
+    content = tensor_file(state, about)
+    again = load(content)
+    if all(torch.equal(v, again[k]) for k,v in state.items()): return content
+    raise InputError('the weights did not survive')
+
+# %% ../nbs/42_export.ipynb #8c3c3f6e
+def _check_output(path, overwrite):
+    if path.is_dir(): raise InputError(f'{path} is a folder: name the file to write')
+    if path.exists() and not overwrite:
+        raise InputError(f'{path} exists already: name another file, '
+                         'or replace it with --overwrite')
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise InputError(f'{path} cannot be written: '
+                         f'{path.parent} is no folder that can be written to')
+
+# %% ../nbs/42_export.ipynb #28d10505
 def export_run(
     run:str|Path, # folder of a run, or its name
     to:str='onnx', # 'onnx', 'pt2' or 'safetensors'
@@ -191,22 +242,15 @@ def export_run(
     runs:str|Path='runs', # folder of all runs
     overwrite:bool=False # replace a file that is there
 ) -> Path: # of the file
-    "The network of a run as one file for other programs; raises `InputError` if it does not do what the network does"
-    if to not in FORMATS: raise InputError(f"unknown format {to!r}: it is one of {', '.join(FORMATS)}")
+    "A run's network as one file; raises `InputError` if it does not do what the network does"
+    if to not in FORMATS:
+        raise InputError(f"unknown format {to!r}: it is one of {', '.join(FORMATS)}")
     if to == 'onnx': _need('onnx', 'export'),_need('onnxruntime', 'export')
     model,config = load_run(run, weights, runs)
     path = Path(out).expanduser() if out else find_run(run, runs)/f'model.{to}'
-    if path.is_dir(): raise InputError(f'{path} is a folder: name the file to write')
-    if path.exists() and not overwrite:
-        raise InputError(f'{path} exists already: name another file, or replace it with --overwrite')
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise InputError(f'{path} cannot be written: {path.parent} is no folder that can be written to')
-    if to == 'safetensors':
-        state = torchvision_state(model) if isinstance(model, ResNet) else model.state_dict()
-        state = {k: v.detach().contiguous() for k,v in state.items()}
-        content = tensor_file(state, describe_run(model, config, weights, inside=False))
-        again = load(content)
-        if any(not torch.equal(v, again[k]) for k,v in state.items()): raise InputError('the weights did not survive')
-    else: content = export_model(model, describe_run(model, config, weights), to)
+    _check_output(path, overwrite)
+    is_graph = to != 'safetensors'
+    about = describe_run(model, config, weights, inside=is_graph)
+    content = export_model(model, about, to) if is_graph else _weights_bytes(model, about)
     write_file(path, content)
     return path

@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'MB', 'format_bytes', 'disk_room', 'lock_path', 'stage_file', 'write_file', 'as_plain', 'write_json',
            'read_json']
 
-# %% ../nbs/06_files.ipynb #278af095
+# %% ../nbs/06_files.ipynb #4a10499e
 import json, math, os, shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,12 +35,12 @@ def disk_room(
     path = Path(path).expanduser().absolute()
     return shutil.disk_usage(next(o for o in (path, *path.parents) if o.exists())).free
 
-# %% ../nbs/06_files.ipynb #7b484892
+# %% ../nbs/06_files.ipynb #0d41b130
 @contextmanager
 def lock_path(
     path:Path # file or folder to make
 ):
-    "Hold the lock of `path`; what the file system refuses meanwhile is told as `InputError`"
+    "Hold the lock of `path`; what the file system refuses meanwhile becomes an `InputError`"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f'.{path.name}.lock')): yield
@@ -49,38 +49,37 @@ def lock_path(
         raise InputError(f'{path} cannot be made ({e.strerror or e}{where}): '
                          'choose a folder that can be written to and has room') from None
 
-# %% ../nbs/06_files.ipynb #08f1eb83
+# %% ../nbs/06_files.ipynb #1915b115
+@contextmanager
+def _or_clean_up(part, path): # after a failure there is no part, and the error names `path`
+    try: yield
+    except BaseException as e:
+        if isinstance(e, OSError): e.filename = str(path)
+        part.unlink(missing_ok=True)
+        raise
+
+# %% ../nbs/06_files.ipynb #d5917f84
 def stage_file(path:Path, content:bytes) -> Path: # the file beside it
     "Write `content` to the disk beside `path`, ready to take its name"
     part = path.with_name(f'.{path.name}.part')
-    try:
+    with _or_clean_up(part, path):
         with open(part, 'wb') as f:
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-    except BaseException as e:
-        _name_file(e, path)
-        part.unlink(missing_ok=True)
-        raise
     return part
 
-# %% ../nbs/06_files.ipynb #751d8913
-def _name_file(e, path): # a full disk does not say where, and people know nothing of parts
-    if isinstance(e, OSError): e.filename = str(path)
-
-# %% ../nbs/06_files.ipynb #7572ff62
+# %% ../nbs/06_files.ipynb #8ea038de
 def write_file(path:Path, content:bytes):
-    "Write a file so that at any instant, a crash included, there is the old one or the new one and never a part"
+    "Write a file so that at any instant, a crash included, the old one or the new one is there"
     part = stage_file(path, content)
-    try: os.replace(part, path)
-    except BaseException as e:
-        _name_file(e, path)
-        part.unlink(missing_ok=True)
-        raise
+    with _or_clean_up(part, path): os.replace(part, path)
 
-# %% ../nbs/06_files.ipynb #199f9bcf
-def as_plain(o):
-    "The value as JSON would hold it; a number that JSON has not becomes None, anything else its text"
+# %% ../nbs/06_files.ipynb #00ce31f2
+def as_plain(
+    o # any value
+):
+    "The value as JSON holds it; a number that JSON lacks becomes None, anything else its text"
     if isinstance(o, dict): return {str(k): as_plain(v) for k,v in o.items()}
     if isinstance(o, (list, tuple)): return [as_plain(v) for v in o]
     if isinstance(o, np.generic): return as_plain(o.item())
@@ -92,10 +91,11 @@ def write_json(path:Path, content:dict):
     "Write a dictionary as readable JSON; a value that JSON has no number for becomes null"
     write_file(path, (json.dumps(as_plain(content), indent=2) + '\n').encode())
 
-# %% ../nbs/06_files.ipynb #a3319510
+# %% ../nbs/06_files.ipynb #5cd6051e
 def read_json(path:Path) -> dict:
     "The content of a JSON file, or `InputError`"
-    try: found = json.loads(path.read_text())
+    try: content = json.loads(path.read_text())
     except (OSError, ValueError) as e: raise InputError(f'{path} is not readable ({e})') from None
-    if not isinstance(found, dict): raise InputError(f'{path} is not readable (it holds no dictionary)')
-    return found
+    if not isinstance(content, dict):
+        raise InputError(f'{path} is not readable (it holds no dictionary)')
+    return content

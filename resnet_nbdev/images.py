@@ -16,25 +16,30 @@ from PIL import Image, ImageOps
 from fastai.vision.all import PILImage, progress_bar
 from .core import InputError, error_reason, name_a_few
 
-# %% ../nbs/12_images.ipynb #11bcd243
+# %% ../nbs/12_images.ipynb #4b145205
 # what Pillow raises for files that it cannot read
 UNREADABLE = OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError
+
+# %% ../nbs/12_images.ipynb #cc2861f3
 BAD_EXIF = *UNREADABLE, KeyError, TypeError, struct.error
 
-# %% ../nbs/12_images.ipynb #4bdf824d
+# %% ../nbs/12_images.ipynb #f2313dc3
+def _orientation(im): # 1: upright; 5 to 8: width and height are exchanged
+    try: return im.getexif().get(0x0112, 1)
+    except BAD_EXIF: return 1
+
+# %% ../nbs/12_images.ipynb #67722d73
 def upright(im:Image.Image) -> Image.Image:
     "The image turned as its EXIF entry says; an entry that cannot be read is passed over"
-    try: return im if im.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(im)
+    try: return im if _orientation(im) == 1 else ImageOps.exif_transpose(im)
     except BAD_EXIF: return im
 
-# %% ../nbs/12_images.ipynb #983e715e
+# %% ../nbs/12_images.ipynb #59049ecb
 def upright_size(im:Image.Image) -> tuple: # (width, height)
     "The size that `upright` gives, without the pixels"
-    try: turned = im.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except BAD_EXIF: turned = False
-    return im.size[::-1] if turned else im.size
+    return im.size[::-1] if _orientation(im) in (5, 6, 7, 8) else im.size
 
-# %% ../nbs/12_images.ipynb #a66f4d32
+# %% ../nbs/12_images.ipynb #b2a3a0eb
 @dataclass(frozen=True, eq=False, repr=False)
 class Picture:
     "An image among many in one file; it stands where otherwise a path does"
@@ -44,34 +49,53 @@ class Picture:
     label:str # name of its class
     @property
     def name(self) -> str: return f"{self.file.name.removesuffix('.gz')}[{self.i}]"
-    def __repr__(self): return f'{self.file}[{self.i}]' # without the pixels: fastai writes out all items
+    def __repr__(self): return f'{self.file}[{self.i}]'
 
-# %% ../nbs/12_images.ipynb #db2f0fc8
+# %% ../nbs/12_images.ipynb #84ccea8b
+def _decode(source):
+    if isinstance(source, Picture): source = source.pixels
+    if isinstance(source, np.ndarray): return Image.fromarray(source)
+    if isinstance(source, Image.Image): return source
+    try:
+        im = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        im.load()
+        return im
+    except UNREADABLE as e:
+        subject = 'these bytes are' if isinstance(source, bytes) else f'{source} is'
+        raise InputError(f'{subject} no readable image ({error_reason(e)})') from None
+
+# %% ../nbs/12_images.ipynb #0589fd1e
+def _to_8_bits(im):
+    if not im.mode.startswith('I'): return im
+    values = np.asarray(im).astype(np.int64)
+    if im.mode != 'I' or values.max() > 255: values = values // 257
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+# %% ../nbs/12_images.ipynb #da89535d
+def _on_white(im):
+    if 'A' not in im.mode.upper() and 'transparency' not in im.info: return im
+    im = im.convert('RGBA')
+    return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
+
+# %% ../nbs/12_images.ipynb #a90ad75e
 def open_image(
     source # path, `Picture`, bytes, PIL image or uint8 array (H, W[, C])
 ) -> PILImage: # RGB, 8 bits a channel, upright
-    "An image as a person sees it: turned as its EXIF entry says, transparent parts white, 16 bits scaled to 8"
-    if isinstance(source, Picture): source = source.pixels
-    if isinstance(source, np.ndarray): im = Image.fromarray(source)
-    elif isinstance(source, Image.Image): im = source
-    else:
-        try:
-            im = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            im.load()
-        except UNREADABLE as e:
-            what = 'these bytes are' if isinstance(source, bytes) else f'{source} is'
-            raise InputError(f'{what} no readable image ({error_reason(e)})') from None
-    im = upright(im)
-    if im.mode.startswith('I'): # 16-bit grey: Pillow's own conversion would cut everything above 255 to white
-        values = np.asarray(im).astype(np.int64)
-        if im.mode != 'I' or values.max() > 255: values = values // 257
-        im = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    if 'A' in im.mode.upper() or 'transparency' in im.info:
-        im = im.convert('RGBA')
-        im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
-    return PILImage(im.convert('RGB'))
+    "An image as a person sees it: turned as EXIF says, transparent parts white, 16 bits made 8"
+    return PILImage(_on_white(_to_8_bits(upright(_decode(source)))).convert('RGB'))
 
-# %% ../nbs/12_images.ipynb #48393465
+# %% ../nbs/12_images.ipynb #bb727405
+def map_threaded(
+    f, # function of one item
+    items # list
+) -> list: # of results, in the order of `items`
+    "Call a function that releases Python's lock, as decoding does, on many items in parallel"
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(f, items)
+        if len(items) > 5000: results = progress_bar(results, total=len(items), leave=False)
+        return list(results)
+
+# %% ../nbs/12_images.ipynb #5a7c4245
 def _scan(item): # (sha256 of the content, what is wrong with it or '', format, width, height)
     if isinstance(item, Picture):
         height,width = item.pixels.shape[:2]
@@ -81,63 +105,61 @@ def _scan(item): # (sha256 of the content, what is wrong with it or '', format, 
         if not content: return '', 'empty', '', 0, 0
         with Image.open(io.BytesIO(content)) as im:
             kind,size = im.format,upright_size(im)
-            im.draft('L', (1, 1)) # a JPEG is still read to its end, but not turned into all of its pixels
+            im.draft('L', (1, 1)) # a JPEG is still read to its end, but not decoded to all pixels
             im.load()
     except UNREADABLE as e: return '', error_reason(e), '', 0, 0
     return hashlib.sha256(content).hexdigest(), '', kind, *size
 
-# %% ../nbs/12_images.ipynb #88fc15ae
-def map_threaded(
-    f, # function of one item
-    items # list
-) -> list: # of results, in the order of `items`
-    "Call a function that leaves the interpreter free, as decoding does, on many items in parallel"
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(f, items)
-        if len(items) > 5000: results = progress_bar(results, total=len(items), leave=False)
-        return list(results)
-
-# %% ../nbs/12_images.ipynb #72aad174
+# %% ../nbs/12_images.ipynb #dff23cfa
 def scan_images(
     items:list # paths and Pictures
-) -> pd.DataFrame: # columns item, sha256, problem ('' if there is none), format, width and height as opened
-    "Read every image to its end once"
+) -> pd.DataFrame: # columns item, sha256, problem ('' if none), format, width, height
+    "Read every image to its end once; width and height are those of the upright image"
     columns = ['sha256', 'problem', 'format', 'width', 'height']
-    return pd.DataFrame(map_threaded(_scan, items), columns=columns).assign(item=pd.Series(items, dtype=object))
+    table = pd.DataFrame(map_threaded(_scan, items), columns=columns)
+    return table.assign(item=pd.Series(items, dtype=object))
 
 # %% ../nbs/12_images.ipynb #e9d02154
 def sha256_of(text:str) -> str: # hexadecimal
     "The checksum of a text; a file's name need not be UTF-8"
     return hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()
 
-# %% ../nbs/12_images.ipynb #b2ca2c50
+# %% ../nbs/12_images.ipynb #ecefea6f
+def _place(item): # split/class/file
+    return f'{item.label}/{item.name}' if isinstance(item, Picture) else '/'.join(item.parts[-3:])
+
+# %% ../nbs/12_images.ipynb #d30b61e0
+def _fingerprint(items, hashes):
+    return sha256_of(''.join(f'{_place(item)} {digest}\n' for item,digest in zip(items, hashes)))
+
+# %% ../nbs/12_images.ipynb #02479056
 def check_images(
     files:list, # paths and Pictures
     strict:bool=False, # refuse a set with unreadable files, instead of leaving them out
     seen:pd.DataFrame|None=None # what `scan_images` has found already
-) -> tuple: # (list of readable ones, {path: what is wrong}, fingerprint of folders, names and contents)
+) -> tuple: # (list of readable ones, {path: what is wrong}, fingerprint of names and contents)
     "Leave out what is no image, and fingerprint the rest"
     if seen is None: seen = scan_images(files)
-    bad = {f: why for f,why in zip(seen['item'], seen.problem) if why}
+    bad = {item: problem for item,problem in zip(seen['item'], seen.problem) if problem}
     if bad:
-        told = name_a_few(f'{f} ({why})' for f,why in bad.items())
-        if strict: raise InputError(f'{len(bad)} of {len(files)} files are no readable images: {told}')
-        print(f'Left out {len(bad)} of {len(files)} files that are no readable images: {told}', file=sys.stderr)
+        names = name_a_few(f'{item} ({problem})' for item,problem in bad.items())
+        message = f'{len(bad)} of {len(files)} files'
+        if strict: raise InputError(f'{message} are no readable images: {names}')
+        print(f'Left out {message} that are no readable images: {names}', file=sys.stderr)
     good = seen[seen.problem == '']
-    places = (f'{f.label}/{f.name}' if isinstance(f, Picture) else '/'.join(f.parts[-3:]) for f in good['item'])
-    digest = sha256_of(''.join(f'{place} {h}\n' for place,h in zip(places, good.sha256)))
-    return list(good['item']), bad, digest
+    return list(good['item']), bad, _fingerprint(good['item'], good.sha256)
 
-# %% ../nbs/12_images.ipynb #24e6f29b
-def _sums(item): # (number of pixels, sum of each channel, sum of squares)
+# %% ../nbs/12_images.ipynb #4429e1c3
+def _channel_sums(item): # (number of pixels, sum of each channel, sum of squares)
     x = np.asarray(open_image(item)).reshape(-1, 3)
     return len(x), x.sum(0, dtype=np.int64), np.einsum('nc,nc->c', x, x, dtype=np.int64)
 
-# %% ../nbs/12_images.ipynb #22b02568
+# %% ../nbs/12_images.ipynb #1d7cee92
 def channel_stats(
     items:list # images, as in `open_image`
 ) -> tuple: # ([mean of red, green, blue], [standard deviations]), of values from 0 to 1
-    "Mean and standard deviation over all pixels of all images, in one pass, exact because it sums whole numbers"
-    n,s,q = (sum(o) for o in zip(*map_threaded(_sums, items)))
-    mean = s/n
-    return (mean/255).round(4).tolist(), (np.sqrt(np.maximum(q/n - mean**2, 0))/255).round(4).tolist()
+    "Mean and standard deviation over all pixels of all images, exact, in one pass"
+    n_pixels,sums,squares = (sum(o) for o in zip(*map_threaded(_channel_sums, items)))
+    mean = sums/n_pixels
+    variance = np.maximum(squares/n_pixels - mean**2, 0)
+    return (mean/255).round(4).tolist(), (np.sqrt(variance)/255).round(4).tolist()

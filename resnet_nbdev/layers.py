@@ -13,106 +13,148 @@ from torch import nn
 from .core import InputError
 from .networks import ResNet
 
-# %% ../nbs/03_layers.ipynb #cb60db6f
+# %% ../nbs/03_layers.ipynb #3cd20171
 def _height_width(size):
     size = (size, size) if isinstance(size, Integral) else tuple(size)
-    if len(size) != 2 or min(size) < 1: raise InputError(f'size is a height and a width in pixels, and not {size}')
+    if len(size) != 2 or min(size) < 1:
+        raise InputError(f'size is a height and a width in pixels, and not {size}')
     return size
 
-# %% ../nbs/03_layers.ipynb #5115cb79
+# %% ../nbs/03_layers.ipynb #97c78c25
+def _count_products(model, count): # calls `count` with the multiply-adds of each layer that runs
+    def hook(m, _, out): count(out[0].numel() * m.weight[0].numel())
+    for m in model.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)): m.register_forward_hook(hook)
+
+# %% ../nbs/03_layers.ipynb #f6078b22
 @torch.no_grad()
 def layer_table(
     model:nn.Module, # a `ResNet`
     size:int|tuple=224 # height and width of the image in pixels, one number or two
 ): # DataFrame: part, output shape (C, H, W) of one image, parameters, multiply_adds
-    "What each part of a network puts out and costs; computed from shapes alone, without running it"
+    "What each part of a network puts out and costs, from shapes alone, without running it"
     import copy, pandas as pd
-    meta,rows,adds = copy.deepcopy(model).to('meta').eval(),[],[0]
-    def count(m, _, out): # every output value of a layer sums as many products as it has weights per output channel
-        adds[0] += out[0].numel() * m.weight[0].numel()
+    meta,rows,products = copy.deepcopy(model).to('meta').eval(),[],[]
     def record(name, m, _, out):
-        rows.append((name, tuple(out.shape[1:]), sum(p.numel() for p in m.parameters()), adds[0]))
-        adds[0] = 0
-    layers = [m for m in meta.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    for m in layers: m.register_forward_hook(count)
+        n_params = sum(p.numel() for p in m.parameters())
+        rows.append((name, tuple(out.shape[1:]), n_params, sum(products)))
+        products.clear()
+    _count_products(meta, products.append)
     for name,m in [*meta.body.named_children(), *meta.head.named_children()]:
         if name != 'flatten': m.register_forward_hook(partial(record, name))
-    meta(torch.empty(1, layers[0].in_channels, *_height_width(size), device='meta'))
-    return pd.DataFrame(rows, columns=['part', 'output', 'parameters', 'multiply_adds']).set_index('part')
+    in_channels = next(m for m in meta.modules() if isinstance(m, nn.Conv2d)).in_channels
+    meta(torch.empty(1, in_channels, *_height_width(size), device='meta'))
+    columns = ['part', 'output', 'parameters', 'multiply_adds']
+    return pd.DataFrame(rows, columns=columns).set_index('part')
 
-# %% ../nbs/03_layers.ipynb #425c1f17
+# %% ../nbs/03_layers.ipynb #6f2d0886
 def _conv_text(m):
-    groups,stride = f', {m.groups} groups' if m.groups > 1 else '',f', /{m.stride[0]}' if m.stride[0] > 1 else ''
+    groups = f', {m.groups} groups' if m.groups > 1 else ''
+    stride = f', /{m.stride[0]}' if m.stride[0] > 1 else ''
     return f'{m.kernel_size[0]}x{m.kernel_size[1]}, {m.out_channels}' + groups + stride
 
-# %% ../nbs/03_layers.ipynb #68faf4e5
-def _convs(m): return [o for o in ([m] if isinstance(m, nn.Conv2d) else m.children()) if isinstance(o, nn.Conv2d)]
+# %% ../nbs/03_layers.ipynb #d43ade30
+def _convs(m):
+    layers = [m] if isinstance(m, nn.Conv2d) else m.children()
+    return [o for o in layers if isinstance(o, nn.Conv2d)]
 
-# %% ../nbs/03_layers.ipynb #a9263508
+# %% ../nbs/03_layers.ipynb #becac052
 def _skip_text(block): # None: no skip; '': the input itself
     if not getattr(block, 'skip', True): return None
     path = block.downsample
     if path is None: return ''
-    if not isinstance(path, nn.Sequential): return 'zero padding' + (f', /{path.s}' if path.s > 1 else '')
+    if not isinstance(path, nn.Sequential):
+        return 'zero padding' + (f', /{path.s}' if path.s > 1 else '')
     pools = [f'average pool, /{m.stride}' for m in path if isinstance(m, nn.AvgPool2d)]
     return '; '.join(pools + [_conv_text(m) for m in _convs(path)])
 
-# %% ../nbs/03_layers.ipynb #d706f411
-def _drawn_rows(model, most): # for each row its name, the parts it covers, and its boxes as (text, skip text or None)
+# %% ../nbs/03_layers.ipynb #e1a0a772
+def _stem_boxes(body):
+    boxes = [(_conv_text(m), None) for m in _convs(body['conv1'])]
+    if pool := body.get('maxpool'):
+        boxes.append((f'max-pool {pool.kernel_size}x{pool.kernel_size}, /{pool.stride}', None))
+    return boxes
+
+# %% ../nbs/03_layers.ipynb #79b243d6
+def _head_boxes(body, head):
+    boxes = [('average pool', None), (f'linear, {head.fc.out_features}', None)]
+    return [('batch norm, ReLU', None), *boxes] if 'bn' in body else boxes
+
+# %% ../nbs/03_layers.ipynb #02ee59ad
+def _stage_boxes(stage, limit):
+    boxes = [('\n'.join(map(_conv_text, _convs(b))), _skip_text(b)) for b in stage]
+    if len(boxes) > limit:
+        boxes[limit-2:-1] = [(f'... {len(boxes) - limit + 1} more\nlike the last ...', None)]
+    return boxes
+
+# %% ../nbs/03_layers.ipynb #d884e5a5
+def _drawn_rows(model, limit): # of each row: name, parts, boxes as (text, shortcut's text)
     body = dict(model.body.named_children())
     parts = [*body, 'avgpool', 'fc']
     stages = [o for o in body if o.startswith('layer')]
-    stem = [(_conv_text(m), None) for m in _convs(body['conv1'])]
-    if (pool := body.get('maxpool')):
-        stem.append((f'max-pool {pool.kernel_size}x{pool.kernel_size}, /{pool.stride}', None))
-    yield 'stem', parts[:parts.index(stages[0])], stem
-    for name in stages:
-        boxes = [('\n'.join(map(_conv_text, _convs(b))), _skip_text(b)) for b in body[name]]
-        if len(boxes) > most: boxes[most-2:-1] = [(f'... {len(boxes) - most + 1} more\nlike the last ...', None)]
-        yield name, [name], boxes
-    head = [('average pool', None), (f'linear, {model.head.fc.out_features}', None)]
-    if 'bn' in body: head.insert(0, ('batch norm, ReLU', None))
-    yield 'head', parts[parts.index(stages[-1])+1:], head
+    return [('stem', parts[:parts.index(stages[0])], _stem_boxes(body)),
+            *[(o, [o], _stage_boxes(body[o], limit)) for o in stages],
+            ('head', parts[parts.index(stages[-1])+1:], _head_boxes(body, model.head))]
 
-# %% ../nbs/03_layers.ipynb #9001249c
+# %% ../nbs/03_layers.ipynb #f57a24fb
+_WIDTH,_HEIGHT,_GAP,_LEFT,_STEP = 2.15,1.,.75,2.5,1.75 # box, gap, names, row to row
+_THIN = dict(arrowstyle='-|>', color='0.3', lw=.8, shrinkA=0, shrinkB=0)
+
+# %% ../nbs/03_layers.ipynb #d426858b
+def _draw_box(ax, x, y, text, color):
+    import matplotlib.pyplot as plt
+    frame = plt.Rectangle((x, y - _HEIGHT/2), _WIDTH, _HEIGHT, fc=color, ec='0.3', lw=.8)
+    if not text.startswith('...'): ax.add_patch(frame)
+    ax.text(x + _WIDTH/2, y, text, ha='center', va='center', fontsize=8)
+
+# %% ../nbs/03_layers.ipynb #f069044d
+def _draw_skip(ax, x, y, text):
+    start,stop,top = x - .6*_GAP,x + _WIDTH + .25*_GAP,y + _HEIGHT/2 + .15
+    style = dict(color='tab:red', ls='--') if text else dict(color='0.3')
+    ax.plot([start, start, stop, stop], [y, top, top, y], lw=1, **style)
+    ax.plot(stop, y, marker='o', ms=8, mfc='white', mec='0.3', mew=.8, zorder=5)
+    ax.plot(stop, y, marker='+', ms=6, mec='0.3', mew=.8, zorder=6)
+    ax.text(x + _WIDTH/2, top + .03, text, ha='center', va='bottom', fontsize=7, color='tab:red')
+
+# %% ../nbs/03_layers.ipynb #8d1e770e
+def _draw_row(ax, y, name, part, boxes, color): # `part`: its rows of the `layer_table`
+    ax.text(0, y, name, fontsize=10, fontweight='bold', va='bottom')
+    n_params,products = part.parameters.sum(),part.multiply_adds.sum()
+    costs = f'{n_params:,} parameters\n{products/1e6:,.1f} M multiply-adds'
+    ax.text(0, y - .06, costs, fontsize=7, va='top', color='0.35')
+    x = _LEFT
+    for text,skip in boxes:
+        ax.annotate('', (x + _GAP, y), (x, y), arrowprops=_THIN)
+        _draw_box(ax, x + _GAP, y, text, color)
+        if skip is not None: _draw_skip(ax, x + _GAP, y, skip)
+        x += _WIDTH + _GAP
+    ax.annotate('', (x + .8*_GAP, y), (x, y), arrowprops=_THIN)
+    ax.text(x + _GAP, y, ' x '.join(map(str, part.output.iloc[-1])), va='center', fontsize=9)
+
+# %% ../nbs/03_layers.ipynb #7c744aad
+def _network_title(model, table, size):
+    blocks = [b for n,m in model.body.named_children() if n.startswith('layer') for b in m]
+    return (f'{len(blocks)} x {type(blocks[0]).__name__} at {size[0]} x {size[1]} pixels: '
+            f'{table.parameters.sum():,} parameters, '
+            f'{table.multiply_adds.sum()/1e9:.2f} G multiply-adds')
+
+# %% ../nbs/03_layers.ipynb #d2f98fc3
 def plot_network(
     model:ResNet, # of any depth and block
     size:int|tuple=224, # height and width of the image in pixels
-    most:int=6 # boxes in a row, at least 3; of a longer stage the first blocks and the last are drawn
+    most:int=6 # boxes in a row, at least 3; a longer stage shows its first blocks and its last
 ): # matplotlib Figure
-    "A drawing of stem, stages and head: a box for each block with its convolutions, a line around it for its shortcut"
+    "A drawing of stem, stages and head: a box for each block, a line around it for its shortcut"
     import matplotlib.pyplot as plt
     if most < 3: raise InputError(f'most must be at least 3, and is {most}')
-    table,rows = layer_table(model, size),list(_drawn_rows(model, most))
-    size = ' x '.join(map(str, _height_width(size)))
-    w,h,gap,left,step = 2.15,1.,.75,2.5,1.75 # of a box, between boxes, beside the names, from row to row
-    end = left + max(len(boxes) for *_,boxes in rows)*(w + gap)
-    fig,ax = plt.subplots(figsize=(.72*(end + 2), .72*step*len(rows)), layout='constrained')
-    blues,thin = plt.get_cmap('Blues'),dict(arrowstyle='-|>', color='0.3', lw=.8, shrinkA=0, shrinkB=0)
+    size = _height_width(size)
+    table,rows = layer_table(model, size),_drawn_rows(model, most)
+    end = _LEFT + max(len(boxes) for *_,boxes in rows)*(_WIDTH + _GAP)
+    fig,ax = plt.subplots(figsize=(.72*(end + 2), .72*_STEP*len(rows)), layout='constrained')
     for i,(name,parts,boxes) in enumerate(rows):
-        y,part = -step*i,table.loc[parts]
-        ax.text(0, y, name, fontsize=10, fontweight='bold', va='bottom')
-        costs = f'{part.parameters.sum():,} parameters\n{part.multiply_adds.sum()/1e6:,.1f} M multiply-adds'
-        ax.text(0, y - .06, costs, fontsize=7, va='top', color='0.35')
-        color = blues(.1 + .4*i/len(rows)) if name.startswith('layer') else '0.93'
-        for x,(text,skip) in zip((left + n*(w + gap) for n in range(len(boxes))), boxes):
-            ax.annotate('', (x + gap, y), (x, y), arrowprops=thin)
-            x += gap
-            if not text.startswith('...'): ax.add_patch(plt.Rectangle((x, y - h/2), w, h, fc=color, ec='0.3', lw=.8))
-            ax.text(x + w/2, y, text, ha='center', va='center', fontsize=8)
-            if skip is None: continue
-            start,stop,top = x - .6*gap,x + w + .25*gap,y + h/2 + .15
-            style = dict(color='tab:red', ls='--') if skip else dict(color='0.3')
-            ax.plot([start, start, stop, stop], [y, top, top, y], lw=1, **style)
-            ax.plot(stop, y, marker='o', ms=8, mfc='white', mec='0.3', mew=.8, zorder=5)
-            ax.plot(stop, y, marker='+', ms=6, mec='0.3', mew=.8, zorder=6)
-            ax.text(x + w/2, top + .03, skip, ha='center', va='bottom', fontsize=7, color='tab:red')
-        x = left + len(boxes)*(w + gap)
-        ax.annotate('', (x + .8*gap, y), (x, y), arrowprops=thin)
-        ax.text(x + gap, y, ' x '.join(map(str, part.output.iloc[-1])), va='center', fontsize=9)
-    ax.set(xlim=(-.1, end + 2), ylim=(y - .8, 1))
+        color = plt.get_cmap('Blues')(.1 + .4*i/len(rows)) if name.startswith('layer') else '0.93'
+        _draw_row(ax, -_STEP*i, name, table.loc[parts], boxes, color)
+    ax.set(xlim=(-.1, end + 2), ylim=(-_STEP*i - .8, 1))
     ax.axis('off')
-    blocks = [b for n,m in model.body.named_children() if n.startswith('layer') for b in m]
-    ax.set_title(f'{len(blocks)} x {type(blocks[0]).__name__} at {size} pixels: {table.parameters.sum():,} parameters, '
-                 f'{table.multiply_adds.sum()/1e9:.2f} G multiply-adds', loc='left', fontsize=11)
+    ax.set_title(_network_title(model, table, size), loc='left', fontsize=11)
     return fig

@@ -17,33 +17,39 @@ from .core import InputError
 # %% ../nbs/02_networks.ipynb #cb0943e4
 STEMS = 'imagenet', 'cifar', 'deep'
 
-# %% ../nbs/02_networks.ipynb #37617728
+# %% ../nbs/02_networks.ipynb #f112f544
+def _bn_relu(n): return [nn.BatchNorm2d(n), nn.ReLU(inplace=True)]
+
+# %% ../nbs/02_networks.ipynb #e9c71e16
+def _stem_conv(kind, in_channels, out_channels):
+    if kind == 'imagenet': return conv(in_channels, out_channels, 7, 2)
+    if kind == 'cifar': return conv(in_channels, out_channels, 3)
+    half = max(out_channels//2, 1)
+    return nn.Sequential(conv(in_channels, half, 3, 2), *_bn_relu(half), conv(half, half),
+                         *_bn_relu(half), conv(half, out_channels))
+
+# %% ../nbs/02_networks.ipynb #5647af40
 def stem_layers(
     kind:str, # one of `STEMS`
     in_channels:int, # channels of the image
     out_channels:int, # channels of the first block's input
     preact:bool=False # leave normalisation and activation to the first block
 ) -> list: # (name, module) pairs
-    "What comes before the first block: 7x7/2 (He et al. 2015, table 1), 3x3/1 (section 4.2) or three 3x3 (ResNet-C, D)"
-    if kind not in STEMS: raise InputError(f"unknown stem {kind!r}: it is one of {', '.join(STEMS)}")
-    bn_relu = lambda n: [nn.BatchNorm2d(n), nn.ReLU(inplace=True)]
-    if kind == 'deep':
-        half = max(out_channels//2, 1)
-        first = nn.Sequential(conv(in_channels, half, 3, 2), *bn_relu(half), conv(half, half), *bn_relu(half),
-                              conv(half, out_channels))
-    else: first = conv(in_channels, out_channels, *((7, 2) if kind == 'imagenet' else (3, 1)))
-    layers = [('conv1', first)]
-    if not preact: layers += zip(('bn1', 'relu'), bn_relu(out_channels))
+    "Before the first block: 7x7 (He et al. 2015, table 1), 3x3 (section 4.2) or three (ResNet-D)"
+    if kind not in STEMS:
+        raise InputError(f"unknown stem {kind!r}: it is one of {', '.join(STEMS)}")
+    layers = [('conv1', _stem_conv(kind, in_channels, out_channels))]
+    if not preact: layers += zip(('bn1', 'relu'), _bn_relu(out_channels))
     if kind != 'cifar': layers.append(('maxpool', nn.MaxPool2d(3, 2, padding=1)))
     return layers
 
-# %% ../nbs/02_networks.ipynb #494bbc62
+# %% ../nbs/02_networks.ipynb #d69a28cd
 class ResNet(nn.Module):
-    "A `body` (conv1, bn1, relu, maxpool, layer1, ...) that makes feature maps, a `head` that classifies their average"
+    "A `body` (conv1, ..., layer1, ...) makes feature maps, a `head` classifies their average"
     def __init__(self,
         body:nn.Module, # (N, in_channels, H, W) -> (N, C, ceil(H/stride), ceil(W/stride))
         head:nn.Module, # (N, C, h, w) -> (N, classes)
-        stride:int=1 # of the whole body, in pixels: how far apart in the image two neighbours of its last map lie
+        stride:int=1 # of the body: pixels of the image between two neighbours of its last map
     ):
         super().__init__()
         self.body,self.head,self.stride = body,head,stride
@@ -51,75 +57,96 @@ class ResNet(nn.Module):
     def check_size(self, height:int, width:int):
         "Raise `InputError` for images that are smaller than the stride"
         if height < self.stride or width < self.stride:
-            raise InputError(f'images of {height}x{width} pixels are too small for the strides of this network, '
-                             f'which needs {self.stride} pixels in each direction')
+            raise InputError(f'images of {height}x{width} pixels are too small for the strides '
+                             f'of this network, which needs {self.stride} pixels in each '
+                             'direction')
 
-    def forward(self, x:Tensor) -> Tensor: # (N, in_channels, H, W) -> (N, classes), before the softmax
-        if not torch.jit.is_tracing(): self.check_size(x.shape[-2], x.shape[-1]) # there, sizes are tensors
+    def forward(self, x:Tensor) -> Tensor: # (N, in_channels, H, W) -> (N, classes), no softmax
+        if not torch.jit.is_tracing(): # there, sizes are tensors
+            self.check_size(x.shape[-2], x.shape[-1])
         return self.head(self.body(x))
 
-# %% ../nbs/02_networks.ipynb #b8328155
+# %% ../nbs/02_networks.ipynb #d3961bf9
 def init_weights(model:nn.Module) -> nn.Module:
-    "Normal with variance 2/(ks^2 * out_channels) for convolutions (He et al. 2015, arXiv:1502.01852, section 2.2)"
+    "Convolutions normal with variance 2/(ks^2 * out_channels) (He et al. 2015, arXiv:1502.01852)"
     for m in model.modules():
-        if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
     for m in model.modules():
         if isinstance(m, PreActBlock) and m.zero_init: nn.init.zeros_(m.conv2.weight)
     return model
 
-# %% ../nbs/02_networks.ipynb #90cc8aeb
+# %% ../nbs/02_networks.ipynb #cb2d2302
+def _stage(block, n_blocks, in_channels, out_channels, s, kw):
+    first = block(in_channels, out_channels, s=s, **kw)
+    others = [block(out_channels, out_channels, s=1, **kw) for _ in range(n_blocks-1)]
+    return nn.Sequential(first, *others)
+
+# %% ../nbs/02_networks.ipynb #fd20a7be
+def _check_sizes(block_sizes, feature_map_sizes, classes, in_channels):
+    if len(block_sizes) != len(feature_map_sizes) or len(block_sizes) == 0:
+        raise InputError('block_sizes and feature_map_sizes name the same stages, one or more, '
+                         f'and have {len(block_sizes)} and {len(feature_map_sizes)} entries')
+    for what,values in dict(block_sizes=block_sizes, feature_map_sizes=feature_map_sizes,
+                            classes=[classes], in_channels=[in_channels]).items():
+        if any(isinstance(o, bool) or not isinstance(o, Integral) for o in values):
+            raise InputError(f'{what} must be whole numbers, and is {values}')
+        if min(values) < 1: raise InputError(f'{what} must be at least 1, and is {min(values)}')
+
+# %% ../nbs/02_networks.ipynb #903f6416
+def _find_block(block):
+    if isinstance(block, str):
+        if block not in BLOCKS:
+            raise InputError(f"unknown block {block!r}: it is one of {', '.join(BLOCKS)}")
+        block = BLOCKS[block]
+    if not (isinstance(block, type) and hasattr(block, 'expansion')):
+        raise InputError('a block is a class like ResBlock, with an expansion, '
+                         f'and not {block!r}')
+    return block
+
+# %% ../nbs/02_networks.ipynb #4814c181
 def check_block(
     block, # a class, or its name in `BLOCKS`
     kw:dict # options for it
 ) -> type: # the class
     "Raise `InputError` for an unknown block, or for options that it does not have"
-    if isinstance(block, str):
-        if block not in BLOCKS: raise InputError(f"unknown block {block!r}: it is one of {', '.join(BLOCKS)}")
-        block = BLOCKS[block]
-    if not (isinstance(block, type) and hasattr(block, 'expansion')):
-        raise InputError(f'a block is a class like ResBlock, with an expansion, and not {block!r}')
+    block = _find_block(block)
     options = inspect.signature(block).parameters.values()
     known = [o.name for o in options][4:] # after in_channels, out_channels, ks and s
     unknown = sorted(kw.keys() - {'ks', *known})
     if unknown and not any(o.kind is o.VAR_KEYWORD for o in options):
-        raise InputError(f"{block.__name__} has no option {', '.join(unknown)}: it has ks, {', '.join(known)}")
+        raise InputError(f"{block.__name__} has no option {', '.join(unknown)}: "
+                         f"it has ks, {', '.join(known)}")
     return block
 
-# %% ../nbs/02_networks.ipynb #edabb8d0
+# %% ../nbs/02_networks.ipynb #7d9921a2
 def custom_resnet(
     block_sizes:list, # number of blocks of each stage
-    feature_map_sizes:list, # channels of each stage; the output of a bottleneck block has 4 times as many
+    feature_map_sizes:list, # channels of each stage; a bottleneck block puts out 4 times as many
     classes:int, # number of classes
     *,
     block:type|str=ResBlock, # a class with the signature of ResBlock, or a name in `BLOCKS`
-    stem:str='imagenet', # 'imagenet': 7x7/2 and max-pool; 'cifar': 3x3; 'deep': three 3x3 and max-pool
+    stem:str='imagenet', # one of `STEMS`: 'imagenet' (7x7/2), 'cifar' (3x3) or 'deep' (three 3x3)
     in_channels:int=3, # channels of the images
-    **kw # options of every block, for example stride_on='1x1', shortcut_kind='A' or zero_init=True
+    **kw # options of every block, such as stride_on='1x1', shortcut_kind='A', zero_init=True
 ) -> ResNet: # takes (N, in_channels, H, W), returns (N, classes)
     "A residual network for images of any size; raises `InputError` for what cannot be built"
-    if len(block_sizes) != len(feature_map_sizes) or len(block_sizes) == 0:
-        raise InputError('block_sizes and feature_map_sizes name the same stages, one or more, and have '
-                         f'{len(block_sizes)} and {len(feature_map_sizes)} entries')
-    for what,values in dict(block_sizes=block_sizes, feature_map_sizes=feature_map_sizes, classes=[classes],
-                            in_channels=[in_channels]).items():
-        if any(isinstance(o, bool) or not isinstance(o, Integral) for o in values):
-            raise InputError(f'{what} must be whole numbers, and is {values}')
-        if min(values) < 1: raise InputError(f'{what} must be at least 1, and is {min(values)}')
+    _check_sizes(block_sizes, feature_map_sizes, classes, in_channels)
     block = check_block(block, kw)
     preact,ni = getattr(block, 'preact', False),feature_map_sizes[0]
     layers = stem_layers(stem, in_channels, ni, preact)
-    for i,(n,size) in enumerate(zip(block_sizes, feature_map_sizes)):
+    for i,(n_blocks,size) in enumerate(zip(block_sizes, feature_map_sizes)):
         no = size * block.expansion
-        first = block(ni, no, s=1 if i == 0 else 2, **kw)
-        layers.append((f'layer{i+1}', nn.Sequential(first, *[block(no, no, s=1, **kw) for _ in range(n-1)])))
+        layers.append((f'layer{i+1}', _stage(block, n_blocks, ni, no, 1 if i == 0 else 2, kw)))
         ni = no
-    if preact: layers += [('bn', nn.BatchNorm2d(ni)), ('relu', nn.ReLU(inplace=True))]
-    head = OrderedDict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(ni, classes))
+    if preact: layers += zip(('bn', 'relu'), _bn_relu(ni))
+    head = dict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(ni, classes))
     stride = (1 if stem == 'cifar' else 4) * 2**(len(block_sizes)-1)
-    return init_weights(ResNet(nn.Sequential(OrderedDict(layers)), nn.Sequential(head), stride))
+    return init_weights(ResNet(nn.Sequential(OrderedDict(layers)),
+                               nn.Sequential(OrderedDict(head)), stride))
 
-# %% ../nbs/02_networks.ipynb #30f2e8ec
-PUBLISHED = dict( # those for which torchvision has ImageNet weights: block, blocks of each stage, options
+# %% ../nbs/02_networks.ipynb #0bdab885
+PUBLISHED = dict( # block, blocks of each stage, options of the block
     resnet18=(ResBlock, [2,2,2,2], {}), resnet34=(ResBlock, [3,4,6,3], {}),
     resnet50=(BottleneckBlock, [3,4,6,3], {}), resnet101=(BottleneckBlock, [3,4,23,3], {}),
     resnet152=(BottleneckBlock, [3,8,36,3], {}),

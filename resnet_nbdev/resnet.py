@@ -33,9 +33,9 @@ def resnet34(classes:int=1000, weights=None, **kw) -> ResNet:
     "ResNet-34; `weights` as in `load_weights`, `kw` as in `custom_resnet`"
     return _family('resnet34', classes, weights, **kw)
 
-# %% ../nbs/05_resnet.ipynb #6393c981
+# %% ../nbs/05_resnet.ipynb #d375ad60
 def resnet50(classes:int=1000, weights=None, **kw) -> ResNet:
-    "ResNet-50; `weights` as in `load_weights`, `kw` as in `custom_resnet`, for example stride_on='1x1' for v1"
+    "ResNet-50; `weights` as in `load_weights`, `kw` as in `custom_resnet`, stride_on='1x1' is v1"
     return _family('resnet50', classes, weights, **kw)
 
 # %% ../nbs/05_resnet.ipynb #2ee21ba1
@@ -48,14 +48,14 @@ def resnet152(classes:int=1000, weights=None, **kw) -> ResNet:
     "ResNet-152; `weights` as in `load_weights`, `kw` as in `custom_resnet`"
     return _family('resnet152', classes, weights, **kw)
 
-# %% ../nbs/05_resnet.ipynb #35ec7059
+# %% ../nbs/05_resnet.ipynb #4b896561
 def cifar_resnet(
-    depth:int, # 6n+2: 20, 32, 44, 56, 110 and 1202 in the paper; of bottlenecks 9n+2: 164 and 1001 in He et al. 2016b
+    depth:int, # 6n+2, in the paper 20, 32, 44, 56, 110, 1202; of bottlenecks 9n+2 (2016b: 164)
     classes:int=10, # number of classes
     block:type|str=ResBlock, # PlainBlock for the control, or another
     **kw # as in `custom_resnet`
 ) -> ResNet:
-    "The small networks for 32x32 images (He et al. 2015, section 4.2): three stages of n blocks, zero-padded shortcuts"
+    "A small network for 32x32 images (He et al. 2015, 4.2): three stages, zero-padded shortcuts"
     layers = 9 if issubclass(check_block(block, {}), BottleneckBlock) else 6 # in each step of n
     if not isinstance(depth, Integral) or depth < layers+2 or (depth-2) % layers:
         raise InputError(f'the depth of this CIFAR ResNet is {layers}n+2 '
@@ -63,21 +63,27 @@ def cifar_resnet(
     kw = {'stem': 'cifar', 'shortcut_kind': 'A', **kw}
     return custom_resnet([(depth-2)//layers]*3, [16,32,64], classes, block=block, **kw)
 
-# %% ../nbs/05_resnet.ipynb #d3cc1811
+# %% ../nbs/05_resnet.ipynb #1c2bccc1
 ARCHS = {f.__name__: f for f in (resnet18, resnet34, resnet50, resnet101, resnet152)}
 ARCHS |= {f'{n}d': partial(f, stem='deep', shortcut_kind='D') for n,f in list(ARCHS.items())}
-ARCHS |= {f'{f.__name__}_v1': partial(f, stride_on='1x1') for f in (resnet50, resnet101, resnet152)}
+ARCHS |= {f'{f.__name__}_v1': partial(f, stride_on='1x1')
+          for f in (resnet50, resnet101, resnet152)}
 ARCHS |= {f'preact_{f.__name__}': partial(f, block=PreActBlock) for f in (resnet18, resnet34)}
 ARCHS |= {n: partial(_family, n) for n in PUBLISHED if n not in ARCHS}
 ARCHS |= {f'cifar_resnet{d}': partial(cifar_resnet, d) for d in (8, 20, 32, 44, 56, 110)}
 
-# %% ../nbs/05_resnet.ipynb #c7abc9ad
+# %% ../nbs/05_resnet.ipynb #17e871eb
 def check_arch(arch:str):
     "Raise `InputError` for a name that is not in `ARCHS`"
-    if arch not in ARCHS: raise InputError(f"unknown arch {arch!r}: it is one of {', '.join(ARCHS)}")
+    if arch not in ARCHS:
+        raise InputError(f"unknown arch {arch!r}: it is one of {', '.join(ARCHS)}")
 
-# %% ../nbs/05_resnet.ipynb #dde690d5
-def create_resnet(arch:str, classes:int, **kw) -> ResNet:
+# %% ../nbs/05_resnet.ipynb #7016e5a4
+def create_resnet(
+    arch:str, # a key of `ARCHS`
+    classes:int, # number of classes
+    **kw # as in `custom_resnet`; `weights`, too, for all but the networks for CIFAR
+) -> ResNet:
     "The network called `arch` in `ARCHS`, with `classes` outputs"
     check_arch(arch)
     return ARCHS[arch](classes=classes, **kw)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUOTED', 'MEASURED', 'QUOTE', 'results_folder', 'has_result', 'load_result', 'missing_conditions', 'save_result',
-           'definitions', 'package_at', 'depends_on', 'changed_since', 'result_states', 'pointer_keys',
-           'resolve_pointer', 'quote_matches', 'wrong_quotes', 'fingerprint', 'results_used', 'conditions', 'save_page',
-           'save_run']
+           'conditions', 'save_page', 'save_run', 'definitions', 'package_at', 'depends_on', 'changed_since',
+           'result_states', 'pointer_keys', 'resolve_pointer', 'quote_matches', 'wrong_quotes', 'fingerprint',
+           'results_used']
 
 # %% ../nbs/41_results.ipynb #28108c16
 import ast, hashlib, io, json, os, re, subprocess, tarfile
@@ -20,11 +20,12 @@ from .devices import describe_device
 from .files import read_json, write_json
 from .folders import find_run, git_commit, versions
 
-# %% ../nbs/41_results.ipynb #f8f4aee6
+# %% ../nbs/41_results.ipynb #6e7657c3
 def results_folder() -> Path:
     "Where the published figures are: in the installed package, or in the repository"
     package = Path(resnet_nbdev.__file__).parent
-    return next((o for o in (package/'results', package.parent/'nbs'/'results') if o.is_dir()), package/'results')
+    candidates = package/'results',package.parent/'nbs'/'results'
+    return next((o for o in candidates if o.is_dir()), package/'results')
 
 # %% ../nbs/41_results.ipynb #309c49b3
 def has_result(
@@ -33,29 +34,32 @@ def has_result(
     "Has this been measured?"
     return (results_folder()/f'{name}.json').is_file()
 
-# %% ../nbs/41_results.ipynb #d5dca303
+# %% ../nbs/41_results.ipynb #1069baa9
 def load_result(
     name:str # of a file in `results_folder()`, without .json
 ) -> dict: # what, values, and the conditions: see `missing_conditions`
     "A published figure with its conditions"
     if not has_result(name):
-        known = sorted(o.stem for o in results_folder().glob('*.json'))
-        raise InputError(f"there is no result {name!r}: measured are {', '.join(known) or 'none'}")
+        known = ', '.join(sorted(o.stem for o in results_folder().glob('*.json')))
+        raise InputError(f"there is no result {name!r}: measured are {known or 'none'}")
     return read_json(results_folder()/f'{name}.json')
 
-# %% ../nbs/41_results.ipynb #d57ec455
+# %% ../nbs/41_results.ipynb #700be989
 QUOTED = 'what', 'values', 'source'
-MEASURED = ('what', 'values', 'data', 'seeds', 'spread', 'command', 'code', 'commit', 'device', 'versions', 'date')
 
-# %% ../nbs/41_results.ipynb #d795feaa
+# %% ../nbs/41_results.ipynb #0b26a95a
+MEASURED = ('what', 'values', 'data', 'seeds', 'spread', 'command', 'code', 'commit', 'device',
+            'versions', 'date')
+
+# %% ../nbs/41_results.ipynb #0c5d9cd9
 def missing_conditions(
     result:dict # from `load_result`
 ) -> list: # names of conditions
-    "What a reader would have to know of a figure and is not told"
-    wanted = QUOTED if result.get('published') else MEASURED
-    return [k for k in wanted if result.get(k) is None or result[k] in ('', {})]
+    "What a reader has to know of a figure, and the file does not say"
+    required = QUOTED if result.get('published') else MEASURED
+    return [k for k in required if result.get(k) is None or result[k] in ('', {})]
 
-# %% ../nbs/41_results.ipynb #80ecdec8
+# %% ../nbs/41_results.ipynb #0a3c596e
 def save_result(
     path:Path, # of a .json file
     what:str, # one sentence
@@ -64,21 +68,107 @@ def save_result(
     device, # that it ran on
     *,
     data:str, # images, and how they differ from the official set
-    code:list|tuple, # what was measured: functions, classes or modules of this package, such as 'resnet34'
+    code:list|tuple, # what was measured: functions or classes of this package, such as 'resnet34'
     seeds:list|tuple=(), # of the runs; none for times
     spread:str='none: one run', # what the values say of the spread
     **facts # whatever else a reader has to know
 ):
     "Write a figure with its conditions"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, dict(what=what, values=values, data=data, seeds=list(seeds), spread=spread, **facts,
-                          command=command, code=list(code), commit=git_commit(), device=describe_device(device),
-                          versions=versions(), date=str(date.today())))
+    stated = dict(what=what, values=values, data=data, seeds=list(seeds), spread=spread, **facts)
+    found = dict(commit=git_commit(), device=describe_device(device), versions=versions(),
+                 date=str(date.today()))
+    write_json(path, dict(stated, command=command, code=list(code), **found))
 
-# %% ../nbs/41_results.ipynb #762eb247
+# %% ../nbs/41_results.ipynb #d253604c
+def _device_name(device): # such as 'CPU, x86_64', and its number of threads
+    device = describe_device(device)
+    kind = 'CPU' if device['type'] == 'cpu' else device['type'].upper()
+    return f"{kind}, {device['name']}", device['threads']
+
+# %% ../nbs/41_results.ipynb #0de062fd
+def conditions(
+    full_run:bool=False, # the size of a tutorial's run
+    device=None, # that it runs on; None: fastai's default
+    **more # name=text, such as what the images are
+) -> pd.DataFrame: # one column
+    "On what, and with which versions, the outputs of a page were made"
+    from fastai.torch_core import default_device
+    device = str(default_device() if device is None else device)
+    name,threads = _device_name(device)
+    facts = {'run': 'full run' if full_run else 'short run', 'device': name,
+             'cores': os.cpu_count(), 'threads': threads}
+    packages = 'python','resnet_nbdev','torch','fastai'
+    used = {k: v for k,v in versions().items() if k in packages}
+    table = pd.Series({**facts, **used, **more}, dtype=object).to_frame('these outputs')
+    table.attrs = dict(full_run=full_run, device=device,
+                       data=', '.join(f'{k}: {v}' for k,v in more.items()))
+    return table
+
+# %% ../nbs/41_results.ipynb #34b116dd
+def save_page(
+    name:str, # of the page, such as 'degradation'
+    conditions_table:pd.DataFrame, # from `conditions`: the size of the run, its device, its data
+    what:str, # one sentence
+    values:dict,
+    *,
+    code:list|tuple, # as in `save_result`
+    seeds:list|tuple, # as in `save_result`
+    spread:str='none: one run', # as in `save_result`
+    folder:str|Path='.', # where the file goes
+    **facts # whatever else a reader has to know
+):
+    "What a page measured, as NAME_short.json or NAME_full.json"
+    full,device,data = (conditions_table.attrs[k] for k in ('full_run', 'device', 'data'))
+    path = Path(folder)/f"{name}_{'full' if full else 'short'}.json"
+    save_result(path, what, values, f'nbs/tutorials/{name}.ipynb with full_run = {full}', device,
+                data=data, code=code, seeds=seeds, spread=spread, **facts)
+
+# %% ../nbs/41_results.ipynb #361639ba
+def _fine_tune_command(arguments): # of a run's config.json
+    is_path = lambda name: name in ('data', 'weights', 'source')
+    used = {k: Path(v).name if is_path(k) and v else v for k,v in arguments.items()}
+    flags = [f'--{k}' if v is True else f'--{k} {v}' for k,v in used.items()
+             if k != 'source' and v not in (None, False)]
+    return ' '.join(['resnet_fine_tune', str(used['source']), *flags])
+
+# %% ../nbs/41_results.ipynb #24b4fff3
+def _run_values(folder): # what was reached, and how
+    metrics = read_json(folder/'metrics.json')
+    kept = 'best','last','average','test','monitor','seconds'
+    history = pd.read_csv(folder/'history.csv').to_dict('list')
+    return dict({k: metrics[k] for k in kept if k in metrics}, history=history)
+
+# %% ../nbs/41_results.ipynb #6752a5f8
+_FINE_TUNE_CODE = ['create_resnet', 'get_data', 'resident_data', 'resnet_learner', 'fine_tune']
+
+# %% ../nbs/41_results.ipynb #ed59c033
+def save_run(
+    run:str|Path, # folder of a finished run, or its name
+    path:Path, # of a .json file
+    runs:str|Path='runs', # folder of all runs
+    *,
+    data:str, # images, and how they differ from the official set
+    **facts # whatever else a reader has to know
+):
+    "Write what a run reached with its conditions, all from its own folder"
+    folder = find_run(run, runs)
+    config = read_json(folder/'config.json')
+    source = Path(str(config['arguments']['source'])).name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, dict(
+        what=f"{config['arch']} on {source}, by the plan and schedule of the run",
+        values=dict(_run_values(folder), cycles=config['cycles']), data=data,
+        seeds=[config['seed']], spread='none: one seed', **facts,
+        images={k: config['data'][k] for k in ('train', 'val', 'test')}, code=_FINE_TUNE_CODE,
+        command=_fine_tune_command(config['arguments']), commit=config['commit'],
+        device=config['device'], versions=config['versions'], date=config['created'][:10]))
+
+# %% ../nbs/41_results.ipynb #8a976faf
 def _statement(node): # how Python sees it, without docstrings
     for o in ast.walk(node):
-        if isinstance(o, (ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(o, clean=False) is not None:
+        has_body = isinstance(o, (ast.ClassDef, ast.FunctionDef))
+        if has_body and ast.get_docstring(o, clean=False) is not None:
             o.body = o.body[1:] or [ast.Pass()]
     return ast.dump(node)
 
@@ -88,20 +178,38 @@ def _defined(node): # names that a statement of a module gives a meaning, or cha
     targets = getattr(node, 'targets', None) or [getattr(node, 'target', None)]
     return [o.id for t in filter(None, targets) for o in ast.walk(t) if isinstance(o, ast.Name)]
 
-# %% ../nbs/41_results.ipynb #f96912f5
+# %% ../nbs/41_results.ipynb #80f1d68d
+def _known_names(tree): # names that a module imports from others, or defines
+    imports = [o for o in ast.walk(tree) if isinstance(o, ast.ImportFrom)]
+    imported = {a.asname or a.name for o in imports for a in o.names}
+    return imported | {name for node in tree.body for name in _defined(node)}
+
+# %% ../nbs/41_results.ipynb #a4a26992
+@cache
 def definitions(
     source:str # of a module
-) -> dict: # {name: (what it is, as text; the names it uses that the module defines or imports)}
+) -> dict: # {name: (what it is, as text; names it uses that the module defines or imports)}
     "What a module defines"
     found,tree = {},ast.parse(source)
-    there = {a.asname or a.name for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) for a in o.names}
-    there |= {name for node in tree.body for name in _defined(node)}
+    known = _known_names(tree)
     for node in tree.body:
-        used = {o.id for o in ast.walk(node) if isinstance(o, ast.Name)} & there
+        used = {o.id for o in ast.walk(node) if isinstance(o, ast.Name)} & known
         for name in _defined(node):
-            was,needs = found.get(name, ('', set()))
-            found[name] = was + _statement(node), needs | used
+            text,needs = found.get(name, ('', set()))
+            found[name] = text + _statement(node), needs | used
     return found
+
+# %% ../nbs/41_results.ipynb #6b0d3543
+@cache
+def _sources_at(folder, commit): # {module: its text}
+    command = ['git', 'archive', commit, '.']
+    try: tar = subprocess.run(command, cwd=folder, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError): return {}
+    if tar.returncode: return {}
+    is_module = lambda name: name.endswith('.py') and '/' not in name.removeprefix('./')
+    with tarfile.open(fileobj=io.BytesIO(tar.stdout)) as t:
+        files = [o for o in t.getmembers() if is_module(o.name)]
+        return {Path(o.name).stem: t.extractfile(o).read().decode() for o in files}
 
 # %% ../nbs/41_results.ipynb #d5d9e1e0
 def package_at(
@@ -113,22 +221,12 @@ def package_at(
     else: sources = _sources_at(folder, commit.removesuffix('-dirty'))
     return {k: definitions(v) for k,v in sources.items() if not k.startswith('_')}
 
-# %% ../nbs/41_results.ipynb #4a38c409
-@cache
-def _sources_at(folder, commit): # {module: its text}
-    try: tar = subprocess.run(['git', 'archive', commit, '.'], cwd=folder, capture_output=True, timeout=60)
-    except (OSError, subprocess.SubprocessError): return {}
-    if tar.returncode: return {}
-    with tarfile.open(fileobj=io.BytesIO(tar.stdout)) as t:
-        files = [o for o in t.getmembers() if o.name.endswith('.py') and '/' not in o.name.removeprefix('./')]
-        return {Path(o.name).stem: t.extractfile(o).read().decode() for o in files}
-
-# %% ../nbs/41_results.ipynb #dead90d3
+# %% ../nbs/41_results.ipynb #8c17cec2
 def depends_on(
     package:dict, # from `package_at`
     entry:str # a module, or the name of a function, class or constant
 ) -> set: # of (module, name)
-    "The definitions of the package behind a figure: those of a module, or a function with all that it needs"
+    "The definitions behind a figure: those of a module, or a function with all that it needs"
     if entry in package: return {(entry, o) for o in package[entry]}
     found,new = set(),{(m, entry) for m,names in package.items() if entry in names}
     while new:
@@ -138,157 +236,106 @@ def depends_on(
                for other in package if o in package[m] or o in package[other]} - found
     return found
 
-# %% ../nbs/41_results.ipynb #dcead387
+# %% ../nbs/41_results.ipynb #0006e1bb
+def _is_unchanged(entry, then, now): # all that it needed then is in the package now
+    needs = depends_on(then, entry)
+    exists = lambda text, name: any(text == o[name][0] for o in now.values() if name in o)
+    return bool(needs) and all(exists(then[module][name][0], name) for module,name in needs)
+
+# %% ../nbs/41_results.ipynb #a72546c5
 def changed_since(
     commit:str, # as in a result's file
     code:list # as in a result's file: names of modules, functions, classes or constants
 ) -> list: # those that are no longer the same, or cannot be compared
-    "What does something else than at a commit, as far as its code tells, wherever it stands now"
+    "What differs from its state at a commit, as far as its code tells, wherever it stands now"
     then,now = package_at(commit),package_at()
-    def same(module, name): return any(then[module][name][0] == o[name][0] for o in now.values() if name in o)
-    return [o for o in code if not (needs := depends_on(then, o)) or not all(same(*n) for n in needs)]
+    return [o for o in code if not _is_unchanged(o, then, now)]
 
-# %% ../nbs/41_results.ipynb #911e544b
+# %% ../nbs/41_results.ipynb #6204ad1b
+def _state(result): # a row of `result_states`
+    if result.get('published'): return dict(state='quoted', changed='', commit='', date='')
+    commit = result['commit']
+    changed = changed_since(commit, result['code'])
+    if commit.endswith('-dirty'): changed.append('uncommitted code')
+    return dict(state='stale' if changed else 'current', changed=', '.join(changed),
+                commit=commit[:7], date=result['date'])
+
+# %% ../nbs/41_results.ipynb #d7644e4e
 def result_states() -> pd.DataFrame: # indexed by name; columns what, state, changed, commit, date
     "All published figures: current, stale, or quoted from others"
-    rows = {}
-    for o in sorted(results_folder().glob('*.json')):
-        r = read_json(o)
-        if r.get('published'): rows[o.stem] = dict(what=r['what'], state='quoted', changed='', commit='', date='')
-        else:
-            changed = changed_since(r['commit'], r['code'])
-            dirty = r['commit'].endswith('-dirty')
-            rows[o.stem] = dict(what=r['what'], state='stale' if changed or dirty else 'current',
-                                changed=', '.join(changed + ['uncommitted code']*dirty), commit=r['commit'][:7],
-                                date=r['date'])
+    results = {o.stem: read_json(o) for o in sorted(results_folder().glob('*.json'))}
+    rows = {name: dict(what=o['what'], **_state(o)) for name,o in results.items()}
     return pd.DataFrame(rows).T.rename_axis('result')
 
-# %% ../nbs/41_results.ipynb #05d4b25f
-QUOTE = re.compile(r'\[([^\]]+)\]\((?:[\w./]*/)?results/([\w.-]+)\.json(?:#([^)\s]*))?\)') # shown, name, pointer
+# %% ../nbs/41_results.ipynb #2a23c24a
+QUOTE = re.compile(r'\[([^\]]+)\]\((?:[\w./]*/)?results/([\w.-]+)\.json(?:#([^)\s]*))?\)')
 
-# %% ../nbs/41_results.ipynb #8bf18885
+# %% ../nbs/41_results.ipynb #367fd608
 def pointer_keys(
     pointer:str # such as /values/best%20epoch/images~1s
 ) -> list: # the names that it goes through
     "A JSON pointer in a link, taken apart"
-    if not pointer.startswith('/'): raise InputError(f'{pointer!r} is no JSON pointer, such as /values/accuracy')
+    if not pointer.startswith('/'):
+        raise InputError(f'{pointer!r} is no JSON pointer, such as /values/accuracy')
     return [unquote(o).replace('~1', '/').replace('~0', '~') for o in pointer.split('/')[1:]]
 
-# %% ../nbs/41_results.ipynb #18a6827b
+# %% ../nbs/41_results.ipynb #b475469b
 def resolve_pointer(
     result:dict,
     pointer:str # such as /values/best/accuracy
 ):
     "What a JSON pointer points at"
-    at = result
+    value = result
     for key in pointer_keys(pointer):
-        try: at = at[int(key) if isinstance(at, list) else key]
-        except (KeyError, IndexError, ValueError, TypeError): raise InputError(f'there is no {pointer}') from None
-    return at
+        try: value = value[int(key) if isinstance(value, list) else key]
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise InputError(f'there is no {pointer}') from None
+    return value
 
-# %% ../nbs/41_results.ipynb #c112686e
+# %% ../nbs/41_results.ipynb #f78dff27
 def quote_matches(
-    said:str, # a number in a text, perhaps with a comma at thousands, or with %
+    shown:str, # a number in a text, perhaps with a comma at thousands, or with %
     value:float
 ) -> bool:
     "Is this the value, rounded to the digits that are shown?"
-    number = re.search(r'-?\d[\d,]*(?:\.(\d+))?', said)
-    if not number or isinstance(value, str): return said.strip() == str(value)
-    value = 100*value if '%' in said else value
+    number = re.search(r'-?\d[\d,]*(?:\.(\d+))?', shown)
+    if not number or isinstance(value, str): return shown.strip() == str(value)
+    value = 100*value if '%' in shown else value
     return float(number[0].replace(',', '')) == round(float(value), len(number[1] or ''))
 
-# %% ../nbs/41_results.ipynb #6884c873
+# %% ../nbs/41_results.ipynb #27a572a7
+def _quote_problem(shown, name, pointer): # a sentence, or None
+    is_link_to_file = not pointer and not re.search(r'\d', shown) and has_result(name)
+    if is_link_to_file: return
+    try: value = resolve_pointer(load_result(name), pointer)
+    except InputError as e: return f'{shown}: {e}'
+    if not quote_matches(shown, value):
+        return f'{shown} is quoted, and {name}.json has {value} at {pointer}'
+
+# %% ../nbs/41_results.ipynb #3841d302
 def wrong_quotes(
     text:str # Markdown
 ) -> list: # one sentence each
     "Quoted figures that their files do not hold"
-    said,text = [],re.sub(r'```.*?```|`[^`]*`', '', text, flags=re.S) # code may show how to quote
-    for shown,name,pointer in QUOTE.findall(text):
-        if not pointer and not re.search(r'\d', shown) and has_result(name): continue # a link to the file
-        try: value = resolve_pointer(load_result(name), pointer)
-        except InputError as e: said.append(f'{shown}: {e}')
-        else:
-            if not quote_matches(shown, value): said.append(f'{shown} is quoted, and {name}.json has {value} at {pointer}')
-    return said
+    text = re.sub(r'```.*?```|`[^`]*`', '', text, flags=re.S) # code may show how to quote
+    problems = [_quote_problem(*o) for o in QUOTE.findall(text)]
+    return [o for o in problems if o]
 
-# %% ../nbs/41_results.ipynb #bc25281f
+# %% ../nbs/41_results.ipynb #0aa7cb8b
 def fingerprint(
     result:dict
 ) -> str: # 16 hexadecimal digits
-    "Of a result's values; its conditions may be told better without a new one"
+    "Of a result's values; its conditions may be worded better without a new one"
     figures = {k: result.get(k) for k in ('what', 'values', 'baseline')}
     return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../nbs/41_results.ipynb #01c49a7d
+# %% ../nbs/41_results.ipynb #e360751f
 def results_used(
     sources # code of a page's cells
 ) -> dict: # {name: fingerprint}
     "The results that a page's code names, and that of its own short run"
     text = '\n'.join(sources)
     saved = {f'{o}_short' for o in re.findall(r"save_page\('(\w+)'", text)}
-    names = [o.stem for o in sorted(results_folder().glob('*.json')) if f"'{o.stem}'" in text or o.stem in saved]
-    return {o: fingerprint(load_result(o)) for o in names}
-
-# %% ../nbs/41_results.ipynb #f83e80af
-def conditions(
-    full_run:bool=False, # the size of a tutorial's run
-    device=None, # that it runs on; None: fastai's default
-    **more # name=text, such as what the images are
-) -> pd.DataFrame: # one column
-    "On what, and with which versions, the outputs of a page were made"
-    from fastai.torch_core import default_device
-    device = str(default_device() if device is None else device)
-    there = describe_device(device)
-    kind = 'CPU' if there['type'] == 'cpu' else there['type'].upper()
-    facts = {'run': 'full run' if full_run else 'short run', 'device': f"{kind}, {there['name']}",
-             'cores': os.cpu_count(), 'threads': there['threads']}
-    used = {k: v for k,v in versions().items() if k in ('python', 'resnet_nbdev', 'torch', 'fastai')}
-    shown = pd.Series({**facts, **used, **more}, dtype=object).to_frame('these outputs')
-    shown.attrs = dict(full_run=full_run, device=device, data=', '.join(f'{k}: {v}' for k,v in more.items()))
-    return shown
-
-# %% ../nbs/41_results.ipynb #11039fa6
-def save_page(
-    name:str, # of the page, such as 'degradation'
-    told:pd.DataFrame, # from `conditions`: the size of the run, its device and its data
-    what:str, # one sentence
-    values:dict,
-    *,
-    code:list|tuple, # as in `save_result`
-    seeds:list|tuple, # as in `save_result`
-    spread:str='none: one run', # as in `save_result`
-    folder:str|Path='.', # where the file goes
-    **facts # whatever else a reader has to know
-):
-    "What a page measured, as NAME_short.json or NAME_full.json"
-    full,device,data = (told.attrs[k] for k in ('full_run', 'device', 'data'))
-    save_result(Path(folder)/f"{name}_{'full' if full else 'short'}.json", what, values,
-                f'nbs/tutorials/{name}.ipynb with full_run = {full}', device, data=data, code=code, seeds=seeds,
-                spread=spread, **facts)
-
-# %% ../nbs/41_results.ipynb #3b3ad67d
-def save_run(
-    run:str|Path, # folder of a finished run, or its name
-    path:Path, # of a .json file
-    runs:str|Path='runs', # folder of all runs
-    *,
-    data:str, # images, and how they differ from the official set
-    **facts # whatever else a reader has to know
-):
-    "Write what came of a run with its conditions, all from its own folder"
-    folder = find_run(run, runs)
-    config,metrics = read_json(folder/'config.json'),read_json(folder/'metrics.json')
-    history = pd.read_csv(folder/'history.csv')
-    short = lambda k, v: Path(v).name if k in ('data', 'weights', 'source') and v else v
-    used = {k: short(k, v) for k,v in config['arguments'].items()}
-    flags = ' '.join(f'--{k}' if v is True else f'--{k} {v}' for k,v in used.items()
-                     if k != 'source' and v not in (None, False))
-    values = {k: metrics[k] for k in ('best', 'last', 'average', 'test', 'monitor', 'seconds') if k in metrics}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, dict(what=f"{config['arch']} on {Path(str(used['source'])).name}, by the plan and schedule of the "
-                               'run', values=dict(values, history=history.to_dict('list'), cycles=config['cycles']),
-                          data=data, seeds=[config['seed']], spread='none: one seed', **facts,
-                          images={k: config['data'][k] for k in ('train', 'val', 'test')},
-                          code=['resnet', 'blocks', 'data', 'resident', 'learner', 'runs'],
-                          command=f"resnet_fine_tune {used['source']} {flags}", commit=config['commit'],
-                          device=config['device'], versions=config['versions'], date=config['created'][:10]))
+    names = [o.stem for o in sorted(results_folder().glob('*.json'))]
+    used = [o for o in names if f"'{o}'" in text or o in saved]
+    return {o: fingerprint(load_result(o)) for o in used}

@@ -6,6 +6,7 @@
 __all__ = ['compare_runs', 'load_run', 'predict', 'fine_tune', 'run_recipe']
 
 # %% ../nbs/35_runs.ipynb #13a97f36
+from functools import partial
 from pathlib import Path
 import matplotlib.pyplot as plt, pandas as pd, torch
 from fastai.vision.all import default_device, progress_bar
@@ -13,80 +14,120 @@ from .checkpoints import file_sha, read_tensor_file
 from .core import InputError, check_counts
 from .data import image_loader
 from .files import read_json
-from .folders import find_run
+from .folders import find_run, read_config
 from .plans import build_network
+from .recipes import run_recipe
 from .resnet import ARCHS
-from .training import WEIGHTS
+from .training import WEIGHTS, fine_tune
 from .web import find_images
 from .weights import load_weights
-from .recipes import run_recipe
-from .training import fine_tune
 
-# %% ../nbs/35_runs.ipynb #39000bc7
+# %% ../nbs/35_runs.ipynb #f955c99a
 _all_ = ['fine_tune', 'run_recipe']
 
-# %% ../nbs/35_runs.ipynb #a861e39c
+# %% ../nbs/35_runs.ipynb #c9f89c4e
+def _run_row(path, metric): # a run in a line
+    config,metrics = read_config(path/'config.json'),read_json(path/'metrics.json')
+    best,learner = metrics['best'],config.get('learner') or {}
+    scores = {k: best[k] for k in ('accuracy', 'valid_loss') if k in best}
+    return dict(run=path.name, arch=config.get('arch'), weights=learner.get('weights') or 'none',
+                status=metrics['status'], epochs=metrics['epochs'],
+                parameters=metrics['parameters'],
+                best_epoch=best['epoch'], **scores, last=metrics['last'].get(metric),
+                average=(metrics.get('average') or {}).get(metric), seconds=metrics['seconds'])
+
+# %% ../nbs/35_runs.ipynb #a8813895
+def _run_history(path, metric):
+    if not (path/'history.csv').exists():
+        raise InputError(f'{path} has no history.csv: no epoch was finished')
+    history = pd.read_csv(path/'history.csv')
+    if metric not in history:
+        raise InputError(f'{path} has no {metric}: it has {", ".join(history.columns)}')
+    return history
+
+# %% ../nbs/35_runs.ipynb #ae359bd9
+def _plot_histories(histories, metric): # {name of the run: its history}
+    fig,ax = plt.subplots(figsize=(7, 3.5), layout='constrained')
+    for name,h in histories.items():
+        ax.plot(h.epoch, h[metric], marker='o' if len(h) < 30 else None, ms=3, label=name)
+    ax.set(xlabel='epoch', ylabel=metric)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    return fig
+
+# %% ../nbs/35_runs.ipynb #2b3373a5
 def compare_runs(
     *names:str, # runs, by name or folder; none: all of them
     runs:str|Path='runs', # folder of all runs
     metric:str='accuracy' # that is drawn
 ) -> tuple: # (DataFrame indexed by run, Figure of the metric by epoch)
-    "What several runs were and what came of them"
-    found = [find_run(o, runs) for o in names]
-    if not names: found = sorted(o.parent for o in Path(runs).expanduser().glob('*/history.csv'))
-    if not found: raise InputError(f'{runs} has no run with a finished epoch')
-    rows,fig = [],plt.figure(figsize=(7, 3.5), layout='constrained')
-    ax = fig.add_subplot()
-    for path in found:
-        if not (path/'history.csv').exists(): raise InputError(f'{path} has no history.csv: no epoch was finished')
-        config,metrics = read_json(path/'config.json'),read_json(path/'metrics.json')
-        history,best = pd.read_csv(path/'history.csv'),metrics['best']
-        made = config.get('made') or {}
-        rows.append(dict(run=path.name, arch=config.get('arch'), weights=made.get('weights') or 'none',
-                         status=metrics['status'], epochs=metrics['epochs'], parameters=metrics['parameters'],
-                         best_epoch=best['epoch'], **{k: best[k] for k in ('accuracy', 'valid_loss') if k in best},
-                         last=metrics['last'].get(metric), average=(metrics.get('average') or {}).get(metric),
-                         seconds=metrics['seconds']))
-        if metric not in history: raise InputError(f'{path} has no {metric}: it has {", ".join(history.columns)}')
-        ax.plot(history.epoch, history[metric], marker='o' if len(history) < 30 else None, ms=3, label=path.name)
-    ax.set(xlabel='epoch', ylabel=metric)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    return pd.DataFrame(rows).set_index('run'), fig
+    "What several runs were, and what came of them"
+    paths = [find_run(o, runs) for o in names]
+    if not names: paths = sorted(o.parent for o in Path(runs).expanduser().glob('*/history.csv'))
+    if not paths: raise InputError(f'{runs} has no run with a finished epoch')
+    histories = {path.name: _run_history(path, metric) for path in paths}
+    table = pd.DataFrame([_run_row(path, metric) for path in paths]).set_index('run')
+    return table, _plot_histories(histories, metric)
 
-# %% ../nbs/35_runs.ipynb #90377a2a
-def load_run(
-    run:str|Path, # folder of a run, or its name
-    weights:str='best', # 'best', 'last' or 'average'
-    runs:str|Path='runs' # folder of all runs
-) -> tuple: # (model in eval mode on the CPU, contents of config.json)
-    "The network of a run with the weights of its best or last epoch, or averaged ones; from safetensors and JSON alone"
-    if weights not in WEIGHTS: raise InputError(f"weights is 'best', 'last' or 'average', not {weights!r}")
-    path = find_run(run, runs)
-    config = read_json(path/'config.json')
-    data,made = config.get('data'),config.get('made') or {}
-    known = isinstance(data, dict) and {'vocab', 'presize', 'resize', 'augment'} <= data.keys()
-    if not known or str(config.get('arch')) not in ARCHS:
-        raise InputError(f'{path} is not the run of a network of this project on data from get_data')
+# %% ../nbs/35_runs.ipynb #2e63e764
+def _run_file(path, config, weights): # tensors of a run, checked
     file = path/f'{weights}.safetensors'
     if not file.exists():
         there = [o for o in WEIGHTS if (path/f'{o}.safetensors').exists()]
-        why = f"it has {', '.join(there)}" if there and weights == 'average' else 'no epoch of it was finished'
+        why = 'no epoch of it was finished'
+        if there and weights == 'average': why = f"it has {', '.join(there)}"
         raise InputError(f'{path} has no {weights}.safetensors: {why}')
     tensors,about = read_tensor_file(file)
     finished = path/'metrics.json' # has the fingerprints of the files of a finished run
     written = read_json(finished).get('files') if finished.exists() else None
     if written and file_sha(file) != written.get(file.name):
         raise InputError(f'{file} was exchanged: it is not the file that this run wrote')
-    for k,want in dict(kind=weights, arch=config['arch'], vocab=data['vocab']).items():
-        if about.get(k) != want: raise InputError(f'{file} was exchanged: its {k} is not that of this run')
-    plan = made.get('plan') or {}
-    model = build_network(config['arch'], len(data['vocab']), **{k: plan[k] for k in ('cut', 'hidden', 'dropout')
-                                                                 if k in plan})
+    for k,want in dict(kind=weights, arch=config['arch'], vocab=config['data']['vocab']).items():
+        if about.get(k) != want:
+            raise InputError(f'{file} was exchanged: its {k} is not that of this run')
+    return tensors
+
+# %% ../nbs/35_runs.ipynb #b885c9be
+def load_run(
+    run:str|Path, # folder of a run, or its name
+    weights:str='best', # 'best', 'last' or 'average'
+    runs:str|Path='runs' # folder of all runs
+) -> tuple: # (model in eval mode on the CPU, contents of config.json)
+    "The network of a run with its best, last or averaged weights, without pickle"
+    if weights not in WEIGHTS:
+        raise InputError(f"weights is 'best', 'last' or 'average', not {weights!r}")
+    path = find_run(run, runs)
+    config = read_config(path/'config.json')
+    data,learner = config.get('data'),config.get('learner') or {}
+    known = isinstance(data, dict) and {'vocab', 'presize', 'resize', 'augment'} <= data.keys()
+    if not known or str(config.get('arch')) not in ARCHS:
+        raise InputError(f'{path} is not the run of a network of this project on data from '
+                         'get_data')
+    tensors,plan = _run_file(path, config, weights),learner.get('plan') or {}
+    shape = {k: plan[k] for k in ('cut', 'hidden', 'dropout') if k in plan}
+    model = build_network(config['arch'], len(data['vocab']), **shape)
     return load_weights(model, tensors, strict=True).eval(), config
 
-# %% ../nbs/35_runs.ipynb #2cee69e9
+# %% ../nbs/35_runs.ipynb #6b63d62f
+# (N, classes)
+def _probabilities(model, images, data, device, bs, augmented=False, progress=False):
+    dl = image_loader(images, data['presize'], data['resize'], data['augment'], bs=bs,
+                      device=device,
+                      fit=data.get('fit', 'crop'), stats=data.get('stats', 'imagenet'),
+                      augmented=augmented)
+    batches = progress_bar(dl, leave=False) if progress else dl
+    return torch.cat([model(xb).softmax(1).cpu() for xb, in batches])
+
+# %% ../nbs/35_runs.ipynb #13426a06
+def _top_table(probs, names, vocab, k): # k rows for each image
+    top,ids = probs.topk(min(k, probs.shape[1]))
+    rows = [(name, rank, vocab[i], p)
+            for name,ps,classes in zip(names, top.tolist(), ids.tolist())
+            for rank,(p,i) in enumerate(zip(ps, classes), 1)]
+    return pd.DataFrame(rows, columns=['image', 'rank', 'class', 'probability'])
+
+# %% ../nbs/35_runs.ipynb #e759b874
 @torch.no_grad()
 def predict(
     run:str|Path, # folder of a run, or its name
@@ -98,24 +139,18 @@ def predict(
     strict:bool=False, # refuse folders with unreadable images, instead of leaving them out
     bs:int=32, # images in a batch
     device=None, # None: fastai's default device
-    tta:int=0, # average with the answers to so many mirrored or otherwise augmented versions of each image
+    tta:int=0, # average with the answers to so many augmented versions of each image
     allow_private:bool=False, # fetch from addresses of this machine and its network, too
     progress:bool=False # show a progress bar
-) -> pd.DataFrame: # image, rank, class, probability; the k most probable classes of each image, best first
+) -> pd.DataFrame: # image, rank, class, probability; the k most probable classes, best first
     "What the network of a run sees in images"
     check_counts(k=k, bs=bs)
     check_counts(0, tta=tta)
     model,config = load_run(run, weights, runs)
     found,data = find_images(images, strict, allow_private),config['data']
     device = torch.device(default_device() if device is None else device)
-    model.to(device)
-    def look(augmented):
-        dl = image_loader(list(found.values()), data['presize'], data['resize'], data['augment'], bs=bs, device=device,
-                          fit=data.get('fit', 'crop'), stats=data.get('stats', 'imagenet'), augmented=augmented)
-        return torch.cat([model(xb).softmax(1).cpu() for xb, in (progress_bar(dl, leave=False) if progress else dl)])
-    probs = look(False)
-    if tta: probs = (probs + sum(look(True) for _ in range(tta))) / (tta + 1)
-    top,ids = probs.topk(min(k, probs.shape[1]))
-    rows = [(name, rank, data['vocab'][i], p) for name,ps,classes in zip(found, top.tolist(), ids.tolist())
-            for rank,(p,i) in enumerate(zip(ps, classes), 1)]
-    return pd.DataFrame(rows, columns=['image', 'rank', 'class', 'probability'])
+    ask = partial(_probabilities, model.to(device), list(found.values()), data, device, bs,
+                  progress=progress)
+    probs = ask()
+    if tta: probs = (probs + sum(ask(augmented=True) for _ in range(tta)))/(tta + 1)
+    return _top_table(probs, found, data['vocab'], k)

@@ -6,83 +6,148 @@
 __all__ = ['draw_augment', 'homographies', 'change_lighting', 'lookup_tables', 'shrink_to', 'warp_cv2', 'warp_torch',
            'normalize_batch']
 
-# %% ../nbs/18_warps.ipynb #499e91cc
+# %% ../nbs/18_warps.ipynb #2caa13b3
 import math
+from functools import reduce
 import cv2, numpy as np, pandas as pd, torch, torch.nn.functional as F
 
-# %% ../nbs/18_warps.ipynb #49357d63
+# %% ../nbs/18_warps.ipynb #88b145f5
+class _Draws:
+    "Random numbers, one for each row"
+    def __init__(self, rng, rows): self.rng,self.rows = rng,rows
+    def uniform(self, low, high): return self.rng.uniform(low, high, self.rows)
+    def around_one(self, change): # from 1-change to 1/(1-change)
+        return np.exp(self.uniform(-1, 1)*math.log(1-change))
+    def sometimes(self, p, values, neutral):
+        return np.where(self.rng.random(self.rows) < p, values, neutral)
+
+# %% ../nbs/18_warps.ipynb #5866205a
+def _draw_dihedral(augment, draws):
+    a = augment
+    if a['hflip'] is not None or a['vflip'] is not None:
+        mirrored = draws.rng.random(draws.rows) < (a['hflip'] or 0)
+        upside_down = draws.rng.random(draws.rows) < (a['vflip'] or 0)
+        return mirrored + 2*upside_down + (mirrored & upside_down)
+    if not a['do_flip']: return np.zeros(draws.rows, int)
+    symmetry = draws.rng.integers(0, 8, draws.rows) if a['flip_vert'] else 1
+    return draws.sometimes(0.5, symmetry, 0)
+
+# %% ../nbs/18_warps.ipynb #33c070de
+def _draw_affine(augment, draws):
+    a = augment
+    warp,rotate = a['max_warp']*a['mult'],a['max_rotate']*a['mult']
+    def within(low, high, neutral):
+        return draws.sometimes(a['p_affine'], draws.uniform(low, high), neutral)
+    return dict(warp_x=within(-warp, warp, 0), warp_y=within(-warp, warp, 0),
+                rotate=within(-rotate, rotate, 0), # degrees
+                zoom=within(a['min_zoom'], a['max_zoom'], 1),
+                zoom_x=draws.uniform(0, 1), zoom_y=draws.uniform(0, 1))
+
+# %% ../nbs/18_warps.ipynb #52ea14b6
+def _draw_crop(augment, draws, presize, size): # side in pixels
+    area = (size/presize)**2 if augment['crop'] else draws.uniform(augment['min_scale'], 1)
+    return np.broadcast_to(np.rint(np.sqrt(area)*presize), draws.rows)
+
+# %% ../nbs/18_warps.ipynb #8bef5a7c
+def _draw_place(draws, crop, presize):
+    left,top = (np.floor(draws.uniform(0, 1)*(presize - crop + 1)) for _ in range(2)) # pixels
+    return dict(left=left, top=top, place_x=draws.uniform(0, 1), place_y=draws.uniform(0, 1))
+
+# %% ../nbs/18_warps.ipynb #6e0c1fc2
+def _draw_lighting(augment, draws):
+    p,change = augment['p_lighting'],augment['max_lighting']*augment['mult']
+    brightness = draws.sometimes(p, draws.uniform(0.5*(1-change), 0.5*(1+change)), 0.5)
+    contrast = draws.sometimes(p, draws.around_one(change), 1)
+    if more := augment['max_contrast']:
+        contrast = contrast*draws.sometimes(p, draws.around_one(more), 1)
+    return dict(brightness=brightness, contrast=contrast)
+
+# %% ../nbs/18_warps.ipynb #ae2b87de
 def draw_augment(
     n:int, # images
     augment:dict, # all settings, from `fix_augment`
     presize:int, # side of the squares, in pixels
     size:int, # side of the images in a batch, in pixels
     rng:np.random.Generator
-) -> pd.DataFrame: # a row for each image: dihedral, warp_x, warp_y, rotate, zoom, zoom_x, zoom_y, crop, left, top, ...
-    "Random parameters for a batch, from the distributions of fastai's `aug_transforms`, each image for itself"
-    a,rows = augment,1 if augment['batch'] else n
-    rotate,lighting,warp = (a[k]*a['mult'] for k in ('max_rotate', 'max_lighting', 'max_warp'))
-    u = lambda low, high: rng.uniform(low, high, rows)
-    sometimes = lambda p, values, neutral: np.where(rng.random(rows) < p, values, neutral)
-    if a['hflip'] is not None or a['vflip'] is not None:
-        h,v = (rng.random(rows) < (a[k] or 0) for k in ('hflip', 'vflip'))
-        dihedral = h + 2*v + (h & v)
-    elif a['do_flip']: dihedral = sometimes(0.5, rng.integers(0, 8, rows) if a['flip_vert'] else 1, 0)
-    else: dihedral = np.zeros(rows, int)
-    spread = lambda most: np.exp(u(-1, 1)*math.log(1-most))
-    area = (size/presize)**2 if a['crop'] else u(a['min_scale'], 1)
-    crop = np.broadcast_to(np.rint(np.sqrt(area)*presize), rows)
-    d = dict(dihedral=dihedral, warp_x=sometimes(a['p_affine'], u(-warp, warp), 0),
-             warp_y=sometimes(a['p_affine'], u(-warp, warp), 0),
-             rotate=sometimes(a['p_affine'], u(-rotate, rotate), 0), # degrees
-             zoom=sometimes(a['p_affine'], u(a['min_zoom'], a['max_zoom']), 1), zoom_x=u(0, 1), zoom_y=u(0, 1),
-             crop=crop, left=np.floor(u(0, 1)*(presize - crop + 1)), # pixels
-             top=np.floor(u(0, 1)*(presize - crop + 1)),
-             place_x=u(0, 1), place_y=u(0, 1), # of the square in a photo that is none
-             brightness=sometimes(a['p_lighting'], u(0.5*(1-lighting), 0.5*(1+lighting)), 0.5),
-             contrast=sometimes(a['p_lighting'], spread(lighting), 1))
-    if a['max_contrast']: d['contrast'] = d['contrast']*sometimes(a['p_lighting'], spread(a['max_contrast']), 1)
-    return pd.DataFrame({k: np.broadcast_to(v, n) for k,v in d.items()})
+) -> pd.DataFrame: # a row for each image: dihedral, warp_x, rotate, zoom, crop, brightness, ...
+    "Random parameters for a batch, image by image, distributed as in fastai's `aug_transforms`"
+    draws = _Draws(rng, 1 if augment['batch'] else n)
+    dihedral = _draw_dihedral(augment, draws)
+    crop = _draw_crop(augment, draws, presize, size)
+    drawn = dict(dihedral=dihedral, **_draw_affine(augment, draws), crop=crop,
+                 **_draw_place(draws, crop, presize), **_draw_lighting(augment, draws))
+    return pd.DataFrame({k: np.broadcast_to(v, n) for k,v in drawn.items()})
 
-# %% ../nbs/18_warps.ipynb #b97276ff
-_DIHEDRAL = np.array([[1, 0, 0, 1], [-1, 0, 0, 1], [1, 0, 0, -1], [0, -1, 1, 0], [-1, 0, 0, -1], [0, 1, -1, 0],
-                      [0, 1, 1, 0], [0, -1, -1, 0]]) # fastai's numbers of the symmetries of a square
-
-# %% ../nbs/18_warps.ipynb #62c6580e
+# %% ../nbs/18_warps.ipynb #cca2a1af
 def _matrices(*entries): # nine numbers or arrays of n -> (n, 3, 3)
-    return np.stack(np.broadcast_arrays(*[np.asarray(o, float) for o in entries]), -1).reshape(-1, 3, 3)
+    entries = np.broadcast_arrays(*[np.asarray(o, float) for o in entries])
+    return np.stack(entries, -1).reshape(-1, 3, 3)
 
-# %% ../nbs/18_warps.ipynb #b692257a
-def _warp(x, y): # (n, 3, 3): moves the corners of the square as fastai's Warp does; 8 equations for 8 unknowns
+# %% ../nbs/18_warps.ipynb #87bf1236
+def _scale_shift(scale_x, scale_y, shift_x, shift_y):
+    return _matrices(scale_x, 0, shift_x, 0, scale_y, shift_y, 0, 0, 1)
+
+# %% ../nbs/18_warps.ipynb #d1cfbc97
+def _crop_matrix(d, presize): # C
+    steps = max(presize - 1, 1)
+    c = (d['crop'] - 1)/steps
+    shift_x,shift_y = (2*d[k]/steps - 1 + c for k in ('left', 'top'))
+    return _scale_shift(c, c, shift_x, shift_y)
+
+# %% ../nbs/18_warps.ipynb #4cc7cfa8
+def _zoom_matrix(d): # Z
+    s = 1/d['zoom']
+    return _scale_shift(s, s, (1-s)*(2*d['zoom_x']-1), (1-s)*(2*d['zoom_y']-1))
+
+# %% ../nbs/18_warps.ipynb #550ed2c4
+def _rotation_matrix(d): # R
+    turn = np.radians(d['rotate'])
+    return _matrices(np.cos(turn), np.sin(turn), 0, -np.sin(turn), np.cos(turn), 0, 0, 0, 1)
+
+# %% ../nbs/18_warps.ipynb #0709e7f8
+_DIHEDRAL = np.array([[1, 0, 0, 1], [-1, 0, 0, 1], [1, 0, 0, -1], [0, -1, 1, 0],
+                      [-1, 0, 0, -1], [0, 1, -1, 0], [0, 1, 1, 0], [0, -1, -1, 0]])
+
+# %% ../nbs/18_warps.ipynb #b5081663
+def _flip_matrix(d): # D
+    xx,xy,yx,yy = _DIHEDRAL[d['dihedral'].astype(int)].T
+    return _matrices(xx, xy, 0, yx, yy, 0, 0, 0, 1)
+
+# %% ../nbs/18_warps.ipynb #45c65b87
+def _perspective_matrix(d): # W
+    x,y = d['warp_x'],d['warp_y']
     corners = np.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], float)
-    fx = np.stack([-1-y, -1+y, 1+y, 1-y], 1)
-    fy = np.stack([-1-x, 1+x, -1+x, 1-x], 1)
+    u,v = np.stack([-1-y, -1+y, 1+y, 1-y], 1),np.stack([-1-x, 1+x, -1+x, 1-x], 1)
     A = np.zeros((len(x), 8, 8))
     for i,at in enumerate(corners.T): # two equations for each corner
-        A[:, i::2, 3*i], A[:, i::2, 3*i+1], A[:, i::2, 3*i+2] = fx, fy, 1
-        A[:, i::2, 6], A[:, i::2, 7] = -at*fx, -at*fy
-    solved = np.linalg.solve(A, np.broadcast_to(corners.ravel(), (len(x), 8))[..., None])[..., 0]
-    return np.concatenate([solved, np.ones((len(x), 1))], 1).reshape(-1, 3, 3)
+        A[:, i::2, 3*i],A[:, i::2, 3*i+1],A[:, i::2, 3*i+2] = u,v,1
+        A[:, i::2, 6],A[:, i::2, 7] = -at*u,-at*v
+    w = np.linalg.solve(A, np.broadcast_to(corners.ravel(), (len(x), 8))[..., None])[..., 0]
+    return np.concatenate([w, np.ones((len(x), 1))], 1).reshape(-1, 3, 3)
 
-# %% ../nbs/18_warps.ipynb #9aea17f6
+# %% ../nbs/18_warps.ipynb #6059d906
+def _photo_matrix(d, shape): # P
+    wide,high = np.minimum(1/shape, 1),np.minimum(shape, 1) # part that a square covers
+    return _scale_shift(wide, high, (1-wide)*(2*d['place_x']-1), (1-high)*(2*d['place_y']-1))
+
+# %% ../nbs/18_warps.ipynb #effb82f4
+def _factors(drawn, presize, shape=1.): # {name: (n, 3, 3)}; the last acts first
+    d = {k: drawn[k].to_numpy() for k in drawn}
+    return dict(photo=_photo_matrix(d, shape), perspective=_perspective_matrix(d),
+                flip=_flip_matrix(d), rotation=_rotation_matrix(d), zoom=_zoom_matrix(d),
+                crop=_crop_matrix(d, presize))
+
+# %% ../nbs/18_warps.ipynb #67d3476f
 def homographies(
     drawn:pd.DataFrame, # from `draw_augment`
     presize:int, # side of the squares that `drawn` speaks of, in pixels
     size:int, # side of the images in a batch, in pixels
     shape=1. # width over height of the photos that were squished to squares, one or N
-) -> np.ndarray: # (N, 3, 3), from [-1, 1] of the new image to [-1, 1] of the square, homogeneous x, y, 1
-    "Crop, zoom, rotation, flip, warp and the place of the square in its photo as one projective map for each image"
-    d = {k: drawn[k].to_numpy() for k in drawn}
-    turn,s,c = np.radians(d['rotate']),1/d['zoom'],(d['crop'] - 1)/max(presize - 1, 1)
-    at = lambda k: 2*d[k]/max(presize - 1, 1) - 1 + c
-    a,b,e,f = _DIHEDRAL[d['dihedral'].astype(int)].T
-    wide,high = np.minimum(1/shape, 1),np.minimum(shape, 1) # of the photo that the square covers
-    return (_matrices(wide, 0, (1-wide)*(2*d['place_x']-1), 0, high, (1-high)*(2*d['place_y']-1), 0, 0, 1)
-            @ _warp(d['warp_x'], d['warp_y']) @ _matrices(a, b, 0, e, f, 0, 0, 0, 1)
-            @ _matrices(np.cos(turn), np.sin(turn), 0, -np.sin(turn), np.cos(turn), 0, 0, 0, 1)
-            @ _matrices(s, 0, (1-s)*(2*d['zoom_x']-1), 0, s, (1-s)*(2*d['zoom_y']-1), 0, 0, 1)
-            @ _matrices(c, 0, at('left'), 0, c, at('top'), 0, 0, 1))
+) -> np.ndarray: # (N, 3, 3), from x, y, 1 in the new image to the square, both from -1 to 1
+    "Crop, zoom, rotation, flip, perspective and place in the photo as one projective map"
+    return reduce(np.matmul, _factors(drawn, presize, shape).values())
 
-# %% ../nbs/18_warps.ipynb #7da767a5
+# %% ../nbs/18_warps.ipynb #b84b74b4
 def change_lighting(
     values:np.ndarray|torch.Tensor, # from 0 to 1
     brightness, # 0.5 leaves them as they are; of a shape that fits beside `values`
@@ -93,29 +158,43 @@ def change_lighting(
     v = values.clip(1e-7, 1-1e-7)
     return 1/(1 + exp(-(log(v/(1-v)) + log(brightness/(1-brightness)))*contrast))
 
-# %% ../nbs/18_warps.ipynb #aa682720
+# %% ../nbs/18_warps.ipynb #e5bfdefc
 def lookup_tables(
     drawn:pd.DataFrame|None, # from `draw_augment`; None: no change of light
     stats # (means, standard deviations) of three channels, or None
 ) -> np.ndarray: # float32 (N, 3, 256), or (1, 3, 256): what becomes of each byte
     "Lighting and normalisation as a table: there are only 256 values that a pixel can have"
     v = np.arange(256)[None]/255
-    if drawn is not None: v = change_lighting(v, drawn.brightness.to_numpy()[:, None], drawn.contrast.to_numpy()[:, None])
+    if drawn is not None:
+        brightness,contrast = (drawn[k].to_numpy()[:, None] for k in ('brightness', 'contrast'))
+        v = change_lighting(v, brightness, contrast)
     mean,std = (np.asarray(o)[None, :, None] for o in (stats or ([0]*3, [1]*3)))
     return ((v[:, None] - mean)/std).astype(np.float32)
 
-# %% ../nbs/18_warps.ipynb #82a3f41a
-_MODES = {'bilinear': cv2.INTER_LINEAR, 'nearest': cv2.INTER_NEAREST, 'bicubic': cv2.INTER_CUBIC}
-_EDGES = {'reflection': cv2.BORDER_REFLECT_101, 'border': cv2.BORDER_REPLICATE, 'zeros': cv2.BORDER_CONSTANT}
-
-# %% ../nbs/18_warps.ipynb #a856590b
-def shrink_to(drawn, presize, size) -> int: # side that the squares of this batch are averaged down to first, in pixels
-    "Halved while the crops are over three times the size of an image: one lookup would skip pixels"
+# %% ../nbs/18_warps.ipynb #475d7757
+def shrink_to(
+    drawn:pd.DataFrame, # from `draw_augment`
+    presize:int, # side of the squares, in pixels
+    size:int # side of the images in a batch, in pixels
+) -> int: # side that the squares of this batch are averaged down to first, in pixels
+    "Halved while the crops are over three times an image's size: one lookup would skip pixels"
     side = presize
     while drawn.crop.median()*side/presize > 3*size: side = math.ceil(side/2)
     return side
 
-# %% ../nbs/18_warps.ipynb #7d2ce45e
+# %% ../nbs/18_warps.ipynb #95ecfd8b
+def _in_pixels(matrix, side, size): # of a square of `side` pixels and an image of `size`
+    half,step = (side-1)/2,2/max(size-1, 1)
+    to_square = np.array([[half, 0, half], [0, half, half], [0, 0, 1]])
+    from_image = np.array([[step, 0, -1], [0, step, -1], [0, 0, 1]])
+    return to_square @ matrix @ from_image
+
+# %% ../nbs/18_warps.ipynb #c2ddc97e
+_MODES = dict(bilinear=cv2.INTER_LINEAR, nearest=cv2.INTER_NEAREST, bicubic=cv2.INTER_CUBIC)
+_EDGES = dict(reflection=cv2.BORDER_REFLECT_101, border=cv2.BORDER_REPLICATE,
+              zeros=cv2.BORDER_CONSTANT)
+
+# %% ../nbs/18_warps.ipynb #7732fbb2
 def warp_cv2(
     square:np.ndarray, # uint8 (presize, presize, 3)
     matrix:np.ndarray, # (3, 3), from `homographies`
@@ -128,14 +207,30 @@ def warp_cv2(
     "One image by OpenCV: one interpolation of bytes, one table"
     size = out.shape[-1]
     if side < len(square): square = cv2.resize(square, (side, side), interpolation=cv2.INTER_AREA)
-    half = (side-1)/2
-    pixels = np.array([[half, 0, half], [0, half, half], [0, 0, 1]]) @ matrix @ np.array(
-        [[2/max(size-1, 1), 0, -1], [0, 2/max(size-1, 1), -1], [0, 0, 1]])
-    im = cv2.warpPerspective(square, pixels, (size, size), flags=_MODES[mode] | cv2.WARP_INVERSE_MAP,
-                             borderMode=_EDGES[pad_mode] if side > 1 else cv2.BORDER_REPLICATE) # or it never ends
+    edge = _EDGES[pad_mode] if side > 1 else cv2.BORDER_REPLICATE # reflecting 1 pixel never ends
+    im = cv2.warpPerspective(square, _in_pixels(matrix, side, size), (size, size),
+                             flags=_MODES[mode] | cv2.WARP_INVERSE_MAP, borderMode=edge)
     for c,plane in enumerate(cv2.split(im)): cv2.LUT(plane, table[c], dst=out[c])
 
-# %% ../nbs/18_warps.ipynb #3c1f109b
+# %% ../nbs/18_warps.ipynb #3e3ed6a7
+def _sampling_grid(matrices, size): # (n, 3, 3) -> (n, size, size, 2)
+    line = torch.linspace(-1, 1, size, device=matrices.device)
+    ones = torch.ones(size, size, device=matrices.device)
+    points = torch.stack([*torch.meshgrid(line, line, indexing='xy'), ones], -1).view(1, -1, 3)
+    at = points @ matrices.transpose(1, 2)
+    return (at[..., :2]/at[..., 2:]).view(-1, size, size, 2)
+
+# %% ../nbs/18_warps.ipynb #a57b2a28
+def _floats(o, device):
+    return torch.from_numpy(np.ascontiguousarray(o, np.float32)).to(device, non_blocking=True)
+
+# %% ../nbs/18_warps.ipynb #5cdcb919
+def _normalize(images, stats): # (n, 3, h, w)
+    if stats is None: return images
+    mean,std = (_floats(o, images.device)[None, :, None, None] for o in stats)
+    return (images - mean)/std
+
+# %% ../nbs/18_warps.ipynb #d5572652
 def warp_torch(
     squares:torch.Tensor, # uint8 (N, presize, presize, 3), on any device
     matrices:np.ndarray, # (N, 3, 3), from `homographies`
@@ -147,24 +242,17 @@ def warp_torch(
     pad_mode:str='reflection' # as in `warp_cv2`
 ) -> torch.Tensor: # float32 (N, 3, size, size)
     "A whole batch by torch, for a GPU: one grid_sample"
-    to = lambda o: torch.from_numpy(np.ascontiguousarray(o, np.float32)).to(squares.device, non_blocking=True)
     x = squares.permute(0, 3, 1, 2).float().div_(255)
     if side < x.shape[-1]: x = F.interpolate(x, size=(side, side), mode='area')
-    line = torch.linspace(-1, 1, size, device=x.device)
-    grid = torch.stack([*torch.meshgrid(line, line, indexing='xy'), torch.ones(size, size, device=x.device)], -1)
-    at = grid.view(1, -1, 3) @ to(matrices).transpose(1, 2)
-    at = (at[..., :2]/at[..., 2:]).view(len(x), size, size, 2)
-    x = F.grid_sample(x, at, mode=mode, padding_mode=pad_mode, align_corners=True)
-    x = change_lighting(x, *(to(drawn[k])[:, None, None, None] for k in ('brightness', 'contrast')))
-    if stats is None: return x
-    mean,std = (to(o)[None, :, None, None] for o in stats)
-    return (x - mean)/std
+    grid = _sampling_grid(_floats(matrices, x.device), size)
+    x = F.grid_sample(x, grid, mode=mode, padding_mode=pad_mode, align_corners=True)
+    light = (_floats(drawn[k], x.device)[:, None, None, None] for k in ('brightness', 'contrast'))
+    return _normalize(change_lighting(x, *light), stats)
 
-# %% ../nbs/18_warps.ipynb #c6fe491f
+# %% ../nbs/18_warps.ipynb #bd03755b
 def normalize_batch(
     images:torch.Tensor, # uint8 (N, size, size, 3)
     stats # as in `lookup_tables`
 ) -> torch.Tensor: # float32 (N, 3, size, size)
     "The same for images that are ready"
-    mean,std = (torch.tensor(o, device=images.device)[None, :, None, None] for o in (stats or ([0.]*3, [1.]*3)))
-    return (images.permute(0, 3, 1, 2).float().div_(255) - mean)/std
+    return _normalize(images.permute(0, 3, 1, 2).float().div_(255), stats)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['is_public', 'fetch_image', 'find_images']
 
-# %% ../nbs/13_web.ipynb #a4867918
+# %% ../nbs/13_web.ipynb #d057dbc1
 import io, ipaddress, os, re, socket, threading, time, warnings, zlib
+from functools import partial
 from pathlib import Path
 from urllib.parse import urljoin, urlparse
 import requests
@@ -20,47 +21,65 @@ from .archives import is_address
 from .core import InputError, check_counts, one_line, error_reason
 from .images import check_images, open_image
 
-# %% ../nbs/13_web.ipynb #b06bca0c
+# %% ../nbs/13_web.ipynb #36ae6fa0
 _NAT64,_ASSIGNED = ipaddress.ip_network('64:ff9b::/96'),ipaddress.ip_network('2000::/3')
-_INSIDE = [ipaddress.ip_network(o) for o in ('192.0.0.0/24', '168.63.129.16')] # for protocols; metadata of Azure
+# for protocols; metadata of Azure
+_INSIDE = [ipaddress.ip_network(o) for o in ('192.0.0.0/24', '168.63.129.16')]
 
-# %% ../nbs/13_web.ipynb #acfd2265
+# %% ../nbs/13_web.ipynb #9a8f3a1a
 def is_public(
     address:str # IPv4 or IPv6, in numbers
 ) -> bool:
-    "Whether an address is one of the public internet; of an IPv6 address with an IPv4 one in it, that counts"
+    "Whether an address is one of the public internet; of IPv6 with IPv4 in it, the latter counts"
     ip = ipaddress.ip_address(address.partition('%')[0])
     if ip.version == 6:
-        inner = ipaddress.IPv4Address(int(ip) & 0xffffffff) if ip in _NAT64 else ip.ipv4_mapped or ip.sixtofour
+        nat64 = ipaddress.IPv4Address(int(ip) & 0xffffffff) if ip in _NAT64 else None
+        inner = nat64 or ip.ipv4_mapped or ip.sixtofour
         if inner is None and ip not in _ASSIGNED: return False
         ip = inner or ip
     return ip.is_global and not ip.is_multicast and not any(ip in o for o in _INSIDE)
 
-# %% ../nbs/13_web.ipynb #083732b5
-class _Refused(Exception): "What is wrong with an address, as the end of a sentence that begins with it"
+# %% ../nbs/13_web.ipynb #b9b32af2
+class _Refused(Exception): "What is wrong with an address: it ends a sentence that begins with it"
 
-# %% ../nbs/13_web.ipynb #8f3d74d9
-class _Guard(HTTPAdapter):
-    "Connects to public addresses only, unless `allow_private`, and cuts its connections off after `seconds`"
-    def __init__(self, allow_private, seconds):
-        super().__init__()
-        self.allow_private,self.end,self.sockets = allow_private,time.monotonic() + seconds,[]
-        self.pools = {k: self._pool(v) for k,v in self.poolmanager.pool_classes_by_scheme.items()}
-        self.poolmanager.pool_classes_by_scheme = self.pools
+# %% ../nbs/13_web.ipynb #516a250d
+def _require_public(host, public, allow_private):
+    if allow_private or public: return
+    raise _Refused(f'leads to {one_line(host)}, which is no public address: give allow_private '
+                   '(on the command line --allow_private) if you trust it, or a file')
+
+# %% ../nbs/13_web.ipynb #cb4ccff5
+def _check_host(host, allow_private):
+    "What can be known of a host before its name is looked up"
+    host = host.strip('[]').rstrip('.').lower()
+    try: found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        inside = host.endswith(('.localhost', '.localdomain', '.local', '.internal'))
+        _require_public(host, '.' in host and ':' not in host and not inside, allow_private)
+    else:
+        for *_,address in found: _require_public(address[0], is_public(address[0]), allow_private)
+
+# %% ../nbs/13_web.ipynb #c3e1d271
+def _prepare(session, url):
+    if urlparse(url).scheme not in ('http', 'https'):
+        raise _Refused('is no http or https address: give one, or a file')
+    request = session.prepare_request(requests.Request('GET', url, headers={
+        'User-Agent': 'resnet_nbdev', 'Accept-Encoding': 'identity'}))
+    if parse_url(request.url).auth:
+        raise _Refused('has a user name in it: give an address without one, or a file')
+    return request
+
+# %% ../nbs/13_web.ipynb #67d8bc00
+class _Deadline:
+    "Cuts off all of its sockets after `seconds`"
+    def __init__(self, seconds):
+        self.end,self.sockets = time.monotonic() + seconds,[]
         self.timer = threading.Timer(seconds, self.cut)
         self.timer.daemon = True
         self.timer.start()
 
-    def _pool(self, pool): # urllib3 still verifies a certificate by the name
-        class Connection(pool.ConnectionCls): _new_conn = lambda conn: self.connect(conn)
-        return type(pool.__name__, (pool,), dict(ConnectionCls=Connection))
-
-    def proxy_manager_for(self, proxy, **kwargs):
-        manager = super().proxy_manager_for(proxy, **kwargs)
-        if not proxy.lower().startswith('socks'): manager.pool_classes_by_scheme = self.pools
-        return manager
-
-    def over(self): return time.monotonic() >= self.end
+    def left(self): return self.end - time.monotonic()
+    def over(self): return self.left() <= 0
 
     def cut(self):
         for o in self.sockets:
@@ -70,92 +89,139 @@ class _Guard(HTTPAdapter):
     def close(self):
         self.timer.cancel()
         for o in self.sockets: o.close()
+
+# %% ../nbs/13_web.ipynb #dbcd19d9
+def _look_up(conn, allow_private): # getaddrinfo's answers
+    "The addresses that a connection of urllib3 may go to, all of them checked"
+    try: found = socket.getaddrinfo(conn.host.strip('[]'), conn.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as e: raise NewConnectionError(conn, str(e)) from None
+    for *_,address in found:
+        if not conn.proxy: _require_public(address[0], is_public(address[0]), allow_private)
+    return found
+
+# %% ../nbs/13_web.ipynb #62c17d97
+def _connect(place, timeout, deadline): # place: one of getaddrinfo's answers
+    family,kind,proto,_,address = place
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.settimeout(max(1e-3, min(timeout, deadline.left())))
+        sock.connect(address)
+        deadline.sockets.append(sock.dup()) # to cut it off, since TLS takes the first one away
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+# %% ../nbs/13_web.ipynb #a600d672
+def _open_socket(conn, allow_private, deadline):
+    "A socket for a connection of urllib3, to an address that was checked"
+    fault = 'no time left'
+    for place in _look_up(conn, allow_private):
+        if deadline.over(): break
+        try: sock = _connect(place, conn.timeout, deadline)
+        except OSError as e: fault = e
+        else:
+            if deadline.over(): deadline.cut() # its timer may have missed this one
+            return sock
+    raise NewConnectionError(conn, str(fault))
+
+# %% ../nbs/13_web.ipynb #f67f5dd3
+def _guarded_pool(pool, open_socket):
+    class Connection(pool.ConnectionCls): _new_conn = lambda conn: open_socket(conn)
+    return type(pool.__name__, (pool,), dict(ConnectionCls=Connection))
+
+# %% ../nbs/13_web.ipynb #160e5167
+class _Guard(HTTPAdapter):
+    "Connects to public addresses only, unless `allow_private`, and until `deadline`"
+    def __init__(self, allow_private, deadline):
+        super().__init__()
+        self.allow_private,self.deadline = allow_private,deadline
+        open_socket = partial(_open_socket, allow_private=allow_private, deadline=deadline)
+        pools = self.poolmanager.pool_classes_by_scheme
+        self.pools = {scheme: _guarded_pool(pool, open_socket) for scheme,pool in pools.items()}
+        self.poolmanager.pool_classes_by_scheme = self.pools
+
+    def proxy_manager_for(self, proxy, **kwargs):
+        manager = super().proxy_manager_for(proxy, **kwargs)
+        if not proxy.lower().startswith('socks'): manager.pool_classes_by_scheme = self.pools
+        return manager
+
+    def close(self):
+        self.deadline.close()
         super().close()
 
-    def check(self, address, public):
-        if self.allow_private or public: return
-        raise _Refused(f'leads to {one_line(address)}, which is no public address: give allow_private '
-                       '(on the command line --allow_private) if you trust it, or a file')
-
-    def check_host(self, host):
-        "What can be known of a host before its name is looked up: numbers, however spelled, and names of the inside"
-        host = host.strip('[]').rstrip('.').lower()
-        try: found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
-        except (OSError, UnicodeError):
-            inside = host.endswith(('.localhost', '.localdomain', '.local', '.internal'))
-            self.check(host, '.' in host and ':' not in host and not inside)
-        else:
-            for *_,address in found: self.check(address[0], is_public(address[0]))
-
-    def connect(self, conn):
-        "A socket for a connection of urllib3, to an address that was checked"
-        try: found = socket.getaddrinfo(conn.host.strip('[]'), conn.port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as e: raise NewConnectionError(conn, str(e)) from None
-        for *_,address in found:
-            if not conn.proxy: self.check(address[0], is_public(address[0])) # a proxy may be private
-        fault = 'no time left'
-        for family,kind,proto,_,address in found:
-            if self.over(): break
-            try:
-                sock = socket.socket(family, kind, proto)
-                try:
-                    sock.settimeout(max(1e-3, min(conn.timeout, self.end - time.monotonic())))
-                    sock.connect(address)
-                    self.sockets.append(sock.dup()) # for `cut`, since TLS takes the first one away
-                except OSError:
-                    sock.close()
-                    raise
-            except OSError as e: fault = e
-            else:
-                if self.over(): self.cut()
-                return sock
-        raise NewConnectionError(conn, str(fault))
-
-# %% ../nbs/13_web.ipynb #0c337ed2
-def _ask(session, guard, url, timeout): # response, its content not yet read
-    if urlparse(url).scheme not in ('http', 'https'): raise _Refused('is no http or https address: give one, or a file')
-    request = session.prepare_request(requests.Request('GET', url, headers={
-        'User-Agent': 'resnet_nbdev', 'Accept-Encoding': 'identity'}))
-    place = parse_url(request.url)
-    if place.auth: raise _Refused('has a user name in it: give an address without one, or a file')
+# %% ../nbs/13_web.ipynb #11d9f5c1
+def _send(session, guard, url, timeout): # response, its content not yet read
+    request = _prepare(session, url)
     settings = session.merge_environment_settings(request.url, {}, True, None, None)
-    # a proxy looks up names itself, and what a name that looks public leads to is for the proxy to check
-    if select_proxy(request.url, settings['proxies']): guard.check_host(place.host)
-    return guard.send(request, timeout=timeout, **settings) # the session's `send` would read all that a redirect holds
+    # a proxy looks up names itself, and what a name that looks public leads to is for it to check
+    if select_proxy(request.url, settings['proxies']):
+        _check_host(parse_url(request.url).host, guard.allow_private)
+    return guard.send(request, timeout=timeout, **settings)
 
-# %% ../nbs/13_web.ipynb #3cc85af4
-def _content(r, limit, guard):
-    large = _Refused(f'is larger than {limit:,} bytes, which no photo should be')
-    if (r.raw.length_remaining or 0) > limit: raise large
+# %% ../nbs/13_web.ipynb #4545c546
+def _too_large(limit):
+    return _Refused(f'is larger than {limit:,} bytes, which no photo should be')
+
+# %% ../nbs/13_web.ipynb #8f2541fc
+def _read_body(r, limit, deadline):
+    if (r.raw.length_remaining or 0) > limit: raise _too_large(limit)
     content = bytearray()
     for chunk in r.raw.stream(1 << 16, decode_content=False):
         content += chunk
-        if len(content) > limit: raise large
-        if guard.over(): break
-    if guard.over(): raise requests.Timeout # what a connection that was cut off has brought may look whole
-    packing = r.headers.get('Content-Encoding', '').strip().lower()
-    if packing in ('gzip', 'x-gzip'): # not asked for; some servers do it all the same
-        try: content = zlib.decompressobj(31).decompress(content, limit + 1)
-        except zlib.error as e: raise _Refused(f'is no readable image ({e})') from None
-        if len(content) > limit: raise large
-    elif packing not in ('', 'identity'): raise _Refused(f'is packed as {one_line(packing)[:40]}: give a file instead')
+        if len(content) > limit: raise _too_large(limit)
+        if deadline.over(): break
+    if deadline.over(): raise requests.Timeout
     return bytes(content)
 
-# %% ../nbs/13_web.ipynb #b0c6a84c
-def _check_content(content):
+# %% ../nbs/13_web.ipynb #9a4ae38b
+def _unpack_body(content, encoding, limit):
+    encoding = encoding.strip().lower()
+    if encoding in ('', 'identity'): return content
+    if encoding not in ('gzip', 'x-gzip'):
+        raise _Refused(f'is packed as {one_line(encoding)[:40]}: give a file instead')
+    try: content = zlib.decompressobj(31).decompress(content, limit + 1)
+    except zlib.error as e: raise _Refused(f'is no readable image ({e})') from None
+    if len(content) > limit: raise _too_large(limit)
+    return content
+
+# %% ../nbs/13_web.ipynb #61b46860
+def _check_image(content):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content)) as im:
-                if im.format in ('EPS', 'WMF'): raise ValueError(f'{im.format} is a program, which would be run')
+                if im.format in ('EPS', 'WMF'):
+                    raise ValueError(f'{im.format} is a program, which would be run')
             open_image(content)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise _Refused(f'has more than {Image.MAX_IMAGE_PIXELS:,} pixels, which no photo should have') from None
+        raise _Refused(f'has more than {Image.MAX_IMAGE_PIXELS:,} pixels, '
+                       'which no photo should have') from None
     except InputError as e: raise _Refused(one_line(e).replace('these bytes are', 'is')) from None
     except Exception as e: # a decoder may raise anything on bytes that were made to break it
         raise _Refused(f'is no readable image ({one_line(error_reason(e))})') from None
 
-# %% ../nbs/13_web.ipynb #ced92950
+# %% ../nbs/13_web.ipynb #30d3738a
+def _follow(session, guard, hops, limit, timeout): # content of the last address
+    "Ask for the last of `hops`, and add to them where redirects lead"
+    while True:
+        with _send(session, guard, hops[-1], timeout) as r:
+            if not r.is_redirect:
+                if r.status_code not in (200, 203): raise requests.HTTPError(response=r)
+                content = _read_body(r, limit, guard.deadline)
+                return _unpack_body(content, r.headers.get('Content-Encoding', ''), limit)
+            hops.append(urljoin(r.url, session.get_redirect_target(r)))
+            if len(hops) > 6: raise requests.TooManyRedirects
+            if r.url.startswith('https:') and urlparse(hops[-1]).scheme == 'http':
+                raise _Refused('leads from https to http, where anybody can change it: '
+                               'give a file instead')
+
+# %% ../nbs/13_web.ipynb #8b4610c2
+def _describe(hops):
+    shown = [re.sub(r'//[^/?#\\]*@', '//', one_line(o))[:200] for o in hops]
+    return shown[0] + (f' (redirected to {shown[-1]})' if len(shown) > 1 else '')
+
+# %% ../nbs/13_web.ipynb #46a721e2
 def fetch_image(
     url:str, # http or https address of an image
     limit:int=50_000_000, # largest size that is accepted, in bytes
@@ -163,35 +229,42 @@ def fetch_image(
     seconds:float=60, # longest time for all of it, without the system's look-up of names
     allow_private:bool=False # fetch from addresses of this machine and its network, too
 ) -> bytes:
-    "The content of an image on the web, after at most five redirects, none of them from https to http"
+    "The content of an image on the web, after at most five redirects, none from https to http"
     check_counts(limit=limit)
     for k,v in dict(timeout=timeout, seconds=seconds).items():
-        if not 0 < v <= 86_400: raise InputError(f'{k} must be above 0 and at most 86,400 seconds, and is {v}')
-    guard,hops,content = _Guard(allow_private, seconds),[url],None
+        if 0 < v <= 86_400: continue
+        raise InputError(f'{k} must be above 0 and at most 86,400 seconds, and is {v}')
+    deadline,hops = _Deadline(seconds),[url]
     try:
         with requests.Session() as session:
+            guard = _Guard(allow_private, deadline)
             for o in ('http://', 'https://'): session.mount(o, guard) # which the session closes
             session.auth = lambda request: request # or requests adds a password from ~/.netrc
-            while content is None:
-                with _ask(session, guard, hops[-1], timeout) as r:
-                    if r.is_redirect:
-                        hops.append(urljoin(r.url, session.get_redirect_target(r)))
-                        if len(hops) > 6: raise requests.TooManyRedirects
-                        if r.url.startswith('https:') and urlparse(hops[-1]).scheme == 'http':
-                            raise _Refused('leads from https to http, where anybody can change it: give a file instead')
-                    elif r.status_code in (200, 203): content = _content(r, limit, guard)
-                    else: raise requests.HTTPError(response=r)
-        _check_content(content)
+            content = _follow(session, guard, hops, limit, timeout)
+        _check_image(content)
         return content
-    except _Refused as e: why = str(e)
+    except _Refused as e: reason = str(e)
     except (requests.RequestException, HTTPError, OSError, ValueError) as e:
-        code = getattr(getattr(e, 'response', None), 'status_code', None)
-        said = f'more than {seconds:g} seconds' if guard.over() else code or type(e).__name__
-        why = f'could not be fetched ({said}): give a file instead'
-    told = [re.sub(r'//[^/?#\\]*@', '//', one_line(o))[:200] for o in hops]
-    raise InputError(told[0] + (f' (redirected to {told[-1]})' if len(told) > 1 else '') + f' {why}')
+        status = getattr(getattr(e, 'response', None), 'status_code', None)
+        fault = status or type(e).__name__
+        if deadline.over(): fault = f'more than {seconds:g} seconds'
+        reason = f'could not be fetched ({fault}): give a file instead'
+    raise InputError(f'{_describe(hops)} {reason}')
 
-# %% ../nbs/13_web.ipynb #90321b7b
+# %% ../nbs/13_web.ipynb #07b2c505
+def _images_of(source, strict, allow_private): # {name: path or bytes}
+    if isinstance(source, str) and is_address(source):
+        return {source: fetch_image(source, allow_private=allow_private)}
+    if os.path.isdir(path := Path(os.path.expanduser(source))):
+        good,_,_ = check_images(sorted(get_image_files(path)), strict)
+        if not good: raise InputError(f'there is no readable image in {path}')
+        return {str(f): f for f in good}
+    if os.path.isfile(path): return {str(source): path}
+    has_scheme = re.match(r'[A-Za-z][\w+.-]+:', str(source))
+    hint = ', and an address must begin with http:// or https://' if has_scheme else ''
+    raise InputError(f'there is no file or folder {one_line(source)[:200]}{hint}')
+
+# %% ../nbs/13_web.ipynb #888c200b
 def find_images(
     sources:list, # files, folders (searched to the bottom) and addresses
     strict:bool=False, # refuse a folder with unreadable images, instead of leaving them out
@@ -199,16 +272,7 @@ def find_images(
 ) -> dict: # {name: path or bytes}
     "The images that `sources` stand for"
     found = {}
-    for o in [sources] if isinstance(sources, (str, Path)) else sources:
-        if isinstance(o, str) and is_address(o): found[o] = fetch_image(o, allow_private=allow_private)
-        elif os.path.isdir(path := Path(os.path.expanduser(o))):
-            good,_,_ = check_images(sorted(get_image_files(path)), strict)
-            if not good: raise InputError(f'there is no readable image in {path}')
-            found |= {str(f): f for f in good}
-        elif os.path.isfile(path): found[str(o)] = path
-        else:
-            also = re.match(r'[A-Za-z][\w+.-]+:', str(o))
-            raise InputError(f'there is no file or folder {one_line(o)[:200]}' +
-                             (', and an address must begin with http:// or https://' if also else ''))
+    for source in [sources] if isinstance(sources, (str, Path)) else sources:
+        found |= _images_of(source, strict, allow_private)
     if not found: raise InputError('no image was given')
     return found

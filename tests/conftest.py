@@ -1,6 +1,7 @@
 """Commands, folders of images, a trained run and a web server for the tests; nothing of the user's home is touched."""
 import atexit
 import http.server
+import io
 import os
 import runpy
 import shutil
@@ -23,12 +24,31 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest_plugins = 'forked', 'photos_of_noise', 'small_sets', 'toys'
 ROOT = Path(__file__).resolve().parent.parent
+small = dict(arch='cifar_resnet8', presize=16, resize=16, bs=4, epochs=1, freeze_epochs=0, workers=0)
+SMALL = [o for k, v in small.items() for o in (f'--{k}', v)]  # a training of seconds
 
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: whole runs that take minutes')
     config.addinivalue_line('markers', "tutorials: the tutorials' short runs, up to 5 minutes each")
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    yield
+    if plt := sys.modules.get('matplotlib.pyplot'): plt.close('all')
+
+
+def refuses(says, call, *args, **kw):
+    "In Python a refusal is an `InputError`: one sentence that has all of `says`"
+    from resnet_nbdev.core import InputError
+    with pytest.raises(InputError) as e: call(*args, **kw)
+    said = str(e.value)
+    assert '\n' not in said
+    for o in says if isinstance(says, (list, tuple)) else [says]: assert str(o) in said, (o, said)
+    return said
 
 
 def script(name): return str(Path(sys.executable).with_name(name))
@@ -125,6 +145,22 @@ def randomised(model):
 
 
 def noise(seed, size=20): return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def png(seed, size=20):
+    "The bytes of a PNG file of noise"
+    f = io.BytesIO()
+    Image.fromarray(noise(seed, size)).save(f, 'PNG')
+    return f.getvalue()
+
+
+def waves(seed, size=(60, 60), frequency=12):
+    "A picture with large and small shapes and no symmetry, (height, width, 3)"
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size[0], :size[1]]/max(size)
+    rings = [np.sin(frequency*np.hypot(x - a, y - b) + c) for a, b, c in rng.uniform(0, 3, (3, 3))]
+    light = 127 + 90*np.stack(rings, -1)*rng.uniform(.5, 1, 3) + 30*(x - y)[..., None]
+    return light.clip(0, 255).astype(np.uint8)
 
 
 def make_folder(dest, classes=('cat', 'dog'), train=8, val=4):

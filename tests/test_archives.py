@@ -20,7 +20,6 @@ import fastprogress.fastprogress as fastprogress
 import pytest
 from resnet_nbdev import archives
 from resnet_nbdev.archives import download, unpack
-from resnet_nbdev.files import disk_room, format_bytes
 from resnet_nbdev.core import InputError
 
 from conftest import environment
@@ -117,17 +116,6 @@ def get(net, tmp_path):
         assert names(tmp_path) == {'x.bin'}
         return (tmp_path/'x.bin').read_bytes()
     return get
-
-
-# sizes
-
-def test_human():
-    assert [format_bytes(o) for o in (0, 1, 999, 1000, 999_499, 999_500, 1e6, 5e8, 1.5e12, 4e15)] == [
-        '0 B', '1 B', '999 B', '1 kB', '999 kB', '1 MB', '1 MB', '500 MB', '1.5 TB', '4e+03 TB']
-
-
-def test_room_of_a_path_that_is_not_there(tmp_path):
-    assert disk_room(tmp_path/'a'/'b') == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
 
 
 # downloads that succeed

@@ -23,7 +23,7 @@ from bs4 import BeautifulSoup
 from filelock import FileLock
 
 AXE = 'axe-core@4.14.1'
-SMALL = ['index.html', '00_blocks.html', 'gallery.html']  # looked at after every edit
+SMALL = ['index.html', '01_blocks.html', 'gallery.html']  # looked at after every edit
 CODE = 'index.html'  # the page whose code has to be readable, too
 MOST = 3_000_000  # bytes of a page with all that it loads
 CHROMIUM, DRIVER = shutil.which('chromium'), shutil.which('chromedriver')
@@ -42,8 +42,8 @@ def built(tmp_path_factory):
     folder, log = base/'site', base/'site.json'
     with FileLock(base/'site.lock'):
         if not log.exists():
-            command = [sys.executable, ROOT/'.ci'/'docs.py', folder]
-            r = subprocess.run(command, capture_output=True, text=True, timeout=900)
+            command = [sys.executable, '-m', 'tools.site.build', folder]
+            r = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
             log.write_text(json.dumps([r.returncode, r.stdout + r.stderr]))
     return Built(folder, *json.loads(log.read_text()))
 
@@ -57,10 +57,10 @@ def pages(built):
 
 @pytest.fixture(scope='session')
 def docs():
-    "The module .ci/docs.py"
-    sys.path.insert(0, str(ROOT/'.ci'))
-    import docs
-    return docs
+    "The module tools/site/build.py"
+    sys.path.insert(0, str(ROOT))
+    from tools.site import build
+    return build
 
 
 def test_build(built):
@@ -70,11 +70,11 @@ def test_build(built):
 
 
 def test_every_notebook_has_its_place(docs, pages):
-    listed = {'index', *sum(docs.ORDER.values(), [])}
-    assert listed == docs.found_notebooks(), 'ORDER in .ci/docs.py and nbs/ differ'
-    assert {f'{o}.html' for o in listed} <= set(pages)
+    groups = docs.group_pages(docs.found_notebooks())
+    assert all(groups.values()), 'a part of the sidebar is empty'
+    assert {f'{o}.html' for o in docs.found_notebooks()} <= set(pages)
     in_order = [a['href'].removesuffix('.html') for a in pages['index.html'].select('.bd-docs-nav li.toctree-l1 > a')]
-    assert in_order[1:] == [*sum(docs.ORDER.values(), []), 'api/index', 'measured', 'gallery']
+    assert in_order[1:] == [*sum(groups.values(), []), 'api/index', 'measured', 'gallery']
 
 
 def references(page, soup):
@@ -330,7 +330,7 @@ def test_all_pages_in_a_browser(browser, address, axe, pages):
 
 
 def test_maths(browser, address):
-    open_page(browser, address + '00_blocks.html')
+    open_page(browser, address + '01_blocks.html')
     assert len(browser.find_elements('css selector', 'article mjx-container')) >= 3
 
 
@@ -340,7 +340,7 @@ def test_search(browser, address, pages):
     wait(lambda: 'finished' in browser.find_element('css selector', '#search-results').text)
     found = browser.find_elements('css selector', '#search-results li a')
     links = {urldefrag(o.get_attribute('href').partition('?')[0])[0].removeprefix(address) for o in found}
-    assert {'api/blocks.html', '00_blocks.html'} <= links <= set(pages) and not wrong
+    assert {'api/blocks.html', '01_blocks.html'} <= links <= set(pages) and not wrong
 
 
 def test_front_page_is_one_screen(browser, address):

@@ -1,7 +1,5 @@
-"The looks into a network: that they show the right numbers, and change nothing"
+"""The looks into a network: that they show the right numbers, and change nothing"""
 import copy
-import warnings
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,177 +7,21 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_folder, randomised
-from fastai.vision.all import ClassificationInterpretation, Learner
-from PIL import Image
+from fastai.vision.all import Learner
 from resnet_nbdev.blocks import BLOCKS, BottleneckBlock, PlainBlock, PreActBlock, ResBlock
 from resnet_nbdev.core import InputError
-from resnet_nbdev.data import get_data, image_loader
-from resnet_nbdev.explain import *
+from resnet_nbdev.data import get_data
+from resnet_nbdev.explain import (delete_blocks, embed, feature_maps, features, filtered, grad_cam, gradient_flow,
+                                  overlay, plot_embedding, plot_filters, plot_maps, residual_blocks, without_block)
 from resnet_nbdev.learner import resnet_learner
-from resnet_nbdev.resident import resident_data
 from resnet_nbdev.networks import custom_resnet
+from resnet_nbdev.predictions import class_table, confident_errors, plot_confusion, predictions, show_predictions
 from resnet_nbdev.resnet import cifar_resnet
 from torch import nn
 
-WNIDS = 'n01440764', 'n02102040', 'n03394916'  # tench, English_springer, French_horn: in another order by name
-LOADERS = dict(stock=lambda data, bs: get_data(data, 24, 16, bs, num_workers=0, device='cpu'),
-               resident=lambda data, bs: resident_data(data, 16, bs, presize=24, device='cpu'))
-
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close('all')
-
-
-@pytest.fixture(scope='module')
-def three(tmp_path_factory):
-    "Photos of noise in three splits, of classes whose folders and names have different orders"
-    path = make_folder(tmp_path_factory.mktemp('three')/'photos', WNIDS, train=6, val=4)
-    more = make_folder(tmp_path_factory.mktemp('more')/'photos', WNIDS, train=5, val=1)
-    (more/'train').rename(path/'test')
-    for o in (path/'test').rglob('*.png'):  # other pixels than those of the training images
-        Image.fromarray(255 - np.asarray(Image.open(o))).save(o)
-    return path
-
-
-@pytest.fixture(scope='module')
-def hundred(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp('hundred')/'photos', [f'class {i:03}' for i in range(100)], 2, 2)
-
-
-def learner(data, kind='stock', bs=4, block=ResBlock):
-    torch.manual_seed(0)
-    dls = LOADERS[kind](data, bs)
-    model = randomised(cifar_resnet(8 if block is not BottleneckBlock else 11, len(dls.vocab), block))
-    nn.init.normal_(model.head.fc.weight)  # so that the answers differ
-    return resnet_learner(dls, model)
-
-
-@pytest.fixture(scope='module')
-def learn(three): return learner(three)
-
-
-def by_hand(learn, items):
-    "The probabilities of images that are prepared one at a time"
-    info = learn.dls.info
-    look = lambda o: learn.model.eval()(image_loader([o], info['presize'], info['resize'], info['augment'],
-                                                     fit=info['fit'], stats=info['stats']).one_batch()[0])
-    with torch.no_grad(): return torch.cat([look(o).as_subclass(torch.Tensor) for o in items]).softmax(1).numpy()
-
-
-def check_table(learn, ds_idx, names):
-    table, dl = predictions(learn, ds_idx), learn.dls.loaders[ds_idx]
-    items = list(dl.dataset.items)
-    p = by_hand(learn, items)
-    assert list(table['item']) == items and list(table.index) == list(range(len(items)))
-    assert list(table.truth) == [names(o) for o in items]
-    assert list(table.predicted) == [learn.dls.vocab[i] for i in p.argmax(1)]
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3)
-    close(table.probability, p.max(1))
-    close(table.truth_probability, [row[learn.dls.vocab.o2i[names(o)]] for row, o in zip(p, items)])
-    close(table.attrs['probabilities'], p)
-    close(table.loss, -np.log(table.truth_probability))
-    assert (table.right == (table.truth == table.predicted)).all()
-    return table
-
-
-@pytest.mark.parametrize('kind', LOADERS)
-def test_probabilities(three, kind):
-    "Each set, in its order; the training set without shuffling, augmentation and a dropped last batch"
-    names = dict(zip(WNIDS, ('tench', 'English_springer', 'French_horn')))
-    learn = learner(three, kind)
-    assert list(learn.dls.vocab) == ['English_springer', 'French_horn', 'tench']
-    sizes = [len(check_table(learn, i, lambda o: names[o.parent.name])) for i in range(3)]
-    assert sizes == [18, 12, 15]
-
-
-@pytest.mark.parametrize('kind', LOADERS)
-def test_hundred_classes(hundred, kind):
-    learn = learner(hundred, kind, bs=64)
-    table = check_table(learn, 1, lambda o: o.parent.name)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        counts, scores = confusion(table, learn.dls.vocab), class_table(table, learn.dls.vocab)
-        fig = plot_confusion(counts)
-        fig.canvas.draw()
-        plot_embedding(embed(features(learn)[0]), features(learn)[1], learn.dls.vocab).canvas.draw()
-    assert table.predicted.nunique() < 100 and scores.notna().all(axis=None)
-    assert counts.sum(axis=1).eq(2).all() and np.trace(counts) == table.right.sum()
-    assert max(fig.get_size_inches()) < 8
-    assert not {o.get_text() for o in fig.axes[0].get_xticklabels()} & set(learn.dls.vocab)
-
-
-def test_against_fastai(learn):
-    table = predictions(learn)
-    with learn.no_bar(), learn.no_logging():
-        other = ClassificationInterpretation.from_learner(learn)
-        assert (confusion(table, learn.dls.vocab) == other.confusion_matrix()).all(axis=None)
-        pairs = {(a, b): n for a, b, n in other.most_confused()}
-    found = most_confused(table, 100)
-    assert {(o.truth, o.predicted): o.images for o in found.itertuples()} == pairs
-    assert (found.truth != found.predicted).all() and found.images.is_monotonic_decreasing
-    np.testing.assert_allclose(table.loss, other.losses, atol=1e-4)
-
-
-def test_a_loss_without_softmax(three):
-    model = learner(three).model
-    dls = LOADERS['stock'](three, 4)
-    table = predictions(Learner(dls, model, loss_func=lambda x, y: F.mse_loss(x, F.one_hot(y, 3).float())))
-    np.testing.assert_allclose(table.probability, predictions(resnet_learner(dls, model)).probability, atol=1e-6)
-    np.testing.assert_allclose(table.attrs['probabilities'].sum(1), 1, atol=1e-5)
-
-
-def test_tables_can_be_joined(learn):
-    "pandas compares and copies what hangs on a frame"
-    a, b = predictions(learn), predictions(learn, 2)
-    assert len(pd.concat([a, b])) == 27 and len(a.merge(b, on='truth'))
-    part = a[a.truth == 'tench']
-    np.testing.assert_array_equal(part.attrs['probabilities'][part.index].max(1), part.probability)
-    p = copy.deepcopy(a.attrs['probabilities'])
-    assert (p == p.max(1, keepdims=True)).sum() == len(p) and p.shape == (12, 3)
-
-
-def test_errors_in_order():
-    table = pd.DataFrame(dict(right=[True, False, False, True, False], probability=[.9, .3, .8, .5, .8],
-                              truth=list('abcab'), predicted=list('acbab')))
-    assert confident_errors(table).index.tolist() == [2, 4, 1] and confident_errors(table, 1).index.tolist() == [2]
-    assert confident_errors(table[table.right]).empty
-    assert most_confused(table[table.truth == table.predicted]).empty
-
-
-def test_a_class_that_never_occurs():
-    table = pd.DataFrame(dict(truth=['a', 'a', 'b'], predicted=['a', 'b', 'b']))
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        scores, counts = class_table(table, ['never', 'b', 'a']), confusion(table, ['never', 'b', 'a'])
-        share = plot_confusion(counts).axes[0].images[0].get_array()
-    assert scores.loc['never'].tolist() == [0, 0, 0, 0] and scores.index.tolist() == ['never', 'b', 'a']
-    assert scores.loc['a'].tolist() == [2, 1, .5, 2/3] and scores.loc['b'].tolist() == [1, .5, 1, 2/3]
-    np.testing.assert_allclose(share, [[0, 0, 0], [0, 1, 0], [0, .5, .5]])
-    assert counts.index.name == 'truth' and counts.loc['a', 'b'] == 1 and counts.loc['b', 'a'] == 0
-
-
-def test_the_picture_of_the_row(tmp_path):
-    "Images of one colour each, told by their file names"
-    for split, n in (('train', 4), ('val', 6)):
-        for c in 'xy':
-            (tmp_path/split/c).mkdir(parents=True)
-            for i in range(n):
-                grey = 20*i + 10*(c == 'y') + 100*(split == 'train')
-                Image.new('RGB', (16, 16), (grey, 255 - grey, 50)).save(tmp_path/split/c/f'{grey}.png')
-    for kind in LOADERS:
-        learn = learner(tmp_path, kind)
-        for ds_idx in (0, 1):
-            table = predictions(learn, ds_idx).sample(frac=1, random_state=0)
-            fig = show_predictions(learn, table, ds_idx)
-            for ax, o in zip(fig.axes, table.itertuples()):
-                grey = int(Path(o.item).stem)
-                np.testing.assert_allclose(np.asarray(ax.images[0].get_array()).mean((0, 1))*255,
-                                           [grey, 255 - grey, 50], atol=2)
-                assert ax.get_title().split() == [o.truth, o.predicted, f'{o.probability:.2f}']
-                assert ax.spines['left'].get_visible() != o.right
+from conftest import randomised, refuses
+from photos_of_noise import LOADERS, learner
+from test_export import network
 
 
 def test_features(learn):
@@ -321,10 +163,10 @@ def replaced(model, name):
 def test_deletion_is_a_network_without_the_block(block, kind):
     model, x = small_net(block, kind), torch.rand(3, 3, 16, 16, dtype=torch.float64)
     given = x.clone()
-    assert blocks(model) == [f'body.layer{i}.{j}' for i in (1, 2) for j in (0, 1)]
+    assert residual_blocks(model) == [f'body.layer{i}.{j}' for i in (1, 2) for j in (0, 1)]
     with torch.no_grad():
         whole = model(x)
-        for name in blocks(model):
+        for name in residual_blocks(model):
             expected = replaced(model, name)(x)
             with without_block(model, name) as same_model:
                 assert same_model is model and torch.equal(model(x), expected)
@@ -355,7 +197,7 @@ def test_accuracies_without_blocks(three, block):
         assert table.accuracy.tolist() == [score(replaced(learn.model, o)) for o in table.block]
     np.testing.assert_allclose(table['drop'], table.attrs['accuracy'] - table.accuracy)
     plain = [] if block.skip else ['body.layer2.0', 'body.layer3.0']
-    assert table.block.tolist() == [o for o in blocks(learn.model) if o not in plain]
+    assert table.block.tolist() == [o for o in residual_blocks(learn.model) if o not in plain]
 
 
 # gradients
@@ -423,7 +265,7 @@ def test_networks_that_do_not_fit(three):
     nn.init.constant_(broken.model.head.fc.weight, np.nan)
     with pytest.raises(InputError, match='not finite'): predictions(broken)
     other = Learner(dls, nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))
-    assert blocks(other.model) == []
+    assert residual_blocks(other.model) == []
     with pytest.raises(InputError, match='no block'): delete_blocks(other)
     assert len(predictions(other)) == 12 and len(gradient_flow(other.model, X, Y)) == 1
     assert features(other, layer='0')[0].shape == (12, 4)
@@ -439,3 +281,65 @@ def test_on_a_gpu(three):
     assert features(learn)[0].shape == (12, 64) and len(delete_blocks(learn)) == 3
     assert filtered(learn.model, X[0]).device.type == 'cpu' and len(gradient_flow(learn.model, X, Y))
     overlay(X[0], grad_cam(learn.model, X.cuda())[0])
+
+
+# Grad-CAM
+
+@pytest.mark.parametrize('kw', [dict(block='ResBlock', stem='deep', shortcut_kind='D'), dict(block='BottleneckBlock'),
+                                dict(block='PreActBlock', stem='cifar')])
+def test_grad_cam_is_the_numerical_gradient(kw):
+    "A step for all places of a channel at once changes a score by as many times the channel's weight, for every class"
+    torch.manual_seed(0)
+    model = randomised(custom_resnet([1, 1, 1], [8, 16, 16], 5, **kw)).double()
+    x = torch.rand(1, 3, 40, 56, dtype=torch.float64)
+    cut = [n for n, _ in model.body.named_children()].index('layer2') + 1
+    with torch.no_grad():
+        A = model.body[:cut](x)
+        step = 1e-7*torch.eye(A.shape[1], dtype=A.dtype)[:, :, None, None]
+        score = lambda o: torch.cat([model.head(model.body[cut:](p.clone())) for p in o.split(64)]) # a ReLU in place
+        weights = (score(A + step) - score(A - step))/2e-7/A[0, 0].numel()
+        want = torch.einsum('kc,khw->chw', weights, A[0]).relu()
+    found = torch.cat([grad_cam(model, x, c, 'body.layer2') for c in range(5)])
+    assert (want.amax((1, 2)) > 0).any()
+    torch.testing.assert_close(found, want/want.amax((1, 2), keepdim=True).clamp(min=1e-30), atol=1e-4, rtol=0)
+
+
+def test_grad_cam_leaves_everything_as_it_was():
+    model = cifar_resnet(8, 4).train()
+    model.body.layer1.eval()
+    for p in model.body.parameters(): p.requires_grad_(False)
+    flags = [m.training for m in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.rand(3, 3, 16, 16)
+    with torch.inference_mode(): maps = grad_cam(model, x)
+    assert maps.shape == (3, 4, 4) and not maps.requires_grad
+    with pytest.raises(InputError): grad_cam(model, x, layer='head')
+    with pytest.raises(RuntimeError): grad_cam(model, torch.rand(3, 5, 16, 16))
+    assert [m.training for m in model.modules()] == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()), 'running statistics are as they were'
+
+
+def test_each_image_has_its_own_map_and_class():
+    model = network('cifar_resnet8')
+    x = torch.rand(4, 3, 20, 24)
+    classes = model(x).argmax(1)
+    torch.testing.assert_close(grad_cam(model, x), grad_cam(model, x, classes))
+    torch.testing.assert_close(grad_cam(model, x, [0, 1, 2, 0])[1:2], grad_cam(model, x[1:2], 1), atol=1e-5, rtol=0)
+    maps = torch.cat([grad_cam(model, x, c) for c in range(3)])
+    assert maps.min() >= 0 and set(maps.amax((1, 2)).round(decimals=5).tolist()) <= {0., 1.}
+
+
+@pytest.mark.parametrize('target', [3, -1, [0, 1, 2], 1.5])
+def test_no_such_class(target):
+    refuses(['class'], grad_cam, network('cifar_resnet8'), torch.rand(2, 3, 16, 16), target)
+
+
+def test_overlay_is_where_the_map_is():
+    grey = np.full((40, 60, 3), 100, np.uint8)
+    cam = torch.zeros(4, 6)
+    cam[0, 5] = 1
+    shown = overlay(grey, cam, 1).astype(int)
+    moved = (shown != 100).any(2)
+    assert shown.shape == grey.shape and moved[:10, 50:].all() and not moved[20:].any() and not moved[:, :40].any()

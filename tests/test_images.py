@@ -1,4 +1,4 @@
-"""Pictures of every kind and every kind of damage, through `open_image` and `check_images`."""
+"""Pictures of every kind and every kind of damage, through `open_image`, `check_images` and `channel_stats`."""
 import hashlib
 import io
 import os
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 from resnet_nbdev.core import InputError
-from resnet_nbdev.images import check_images, open_image
+from resnet_nbdev.images import Picture, channel_stats, check_images, open_image
 from resnet_nbdev.layouts import list_images
 
 from conftest import make_folder, noise
@@ -296,3 +296,43 @@ def test_fingerprint_of_a_part(tmp_path):
     (folder/'train'/'cat'/'bad.png').touch()
     (folder/'notes.txt').write_text('x')
     assert fingerprint(folder) == before
+
+
+# mean and spread
+
+def stats_by_numpy(arrays):
+    x = np.concatenate([(o if o.ndim == 3 else np.repeat(o[..., None], 3, 2)).reshape(-1, 3) for o in arrays])/255.
+    return x.mean(0), x.std(0)
+
+
+def test_stats_of_images_of_all_sizes(tmp_path):
+    "Each pixel counts once, so a larger image counts for more; files as arrays"
+    arrays = [noise(i, 5 + 9*i)//(i + 1) for i in range(6)] + [noise(9, 30)[:7]]
+    for i, o in enumerate(arrays): Image.fromarray(o).save(tmp_path/f'{i}.png')
+    got, want = channel_stats(arrays), stats_by_numpy(arrays)
+    assert np.allclose(got, want, atol=5.1e-5) and channel_stats(sorted(tmp_path.iterdir())) == got
+    assert not np.allclose(got[0], np.mean([stats_by_numpy([o])[0] for o in arrays], 0), atol=1e-3)
+
+
+def test_stats_of_grey_and_constant_images():
+    grey = [noise(i, 10 + i)[..., 0] for i in range(3)]
+    means, stds = channel_stats(grey)
+    assert len(set(means)) == len(set(stds)) == 1 and np.allclose((means, stds), stats_by_numpy(grey), atol=5.1e-5)
+    for level in (0, 77, 255):
+        assert channel_stats([np.full((50, 30, 3), level, np.uint8)]*5) == ([round(level/255, 4)]*3, [0.]*3)
+    colour = np.zeros((4, 4, 3), np.uint8) + np.array([255, 51, 0], np.uint8)
+    assert channel_stats([colour]) == ([1, .2, 0], [0]*3)
+    picture = Picture('a', 0, grey[0], 'x')
+    assert channel_stats([picture]) == channel_stats([grey[0]])
+
+
+def test_stats_of_very_many_pixels():
+    "Sums beyond what 32 bits hold, in whole numbers or in floats; one dark pixel among 9 million"
+    arrays = [np.full((3000, 1000, 3), 255, np.uint8) for _ in range(3)]
+    arrays[1][0, 0] = 0
+    arrays[2][:, ::2] = 253
+    n, q, s = 9_000_000, 255**2*(7_500_000 - 1) + 253**2*1_500_000, 255*(7_500_000 - 1) + 253*1_500_000
+    mean, std = s/n, (q/n - (s/n)**2)**.5
+    assert channel_stats(arrays) == ([round(mean/255, 4)]*3, [round(std/255, 4)]*3)
+    many = [Picture('a', i, noise(i, 12)[..., 0], 'x') for i in range(2000)]
+    assert np.allclose(channel_stats(many), stats_by_numpy([o.pixels for o in many]), atol=5.1e-5)

@@ -5,19 +5,18 @@ import runpy
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
 import resnet_nbdev
 from conftest import ROOT
 from resnet_nbdev.core import InputError
-from resnet_nbdev.results import (changed_since, fingerprint, quote_matches, missing_conditions, load_result, resolve_pointer, result_states,
-                                  results_folder, has_result, results_used, wrong_quotes)
+from resnet_nbdev.results import (changed_since, fingerprint, has_result, load_result, missing_conditions,
+                                  quote_matches, resolve_pointer, result_states, results_folder, results_used, wrong_quotes)
 
 nbformat = pytest.importorskip('nbformat', reason='a development tool, not installed beside the wheel')
 FILES = sorted((ROOT/'nbs'/'results').glob('*.json'))
 PAGES = [p for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
-script = runpy.run_path(str(ROOT/'.ci'/'results.py'), run_name='results')
+script = runpy.run_path(str(ROOT/'tools'/'results.py'), run_name='results')
 
 
 def prose(page): return '\n'.join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == 'markdown')
@@ -38,7 +37,7 @@ def test_no_page_quotes_what_is_not_there():
 
 
 def test_no_page_shows_older_values():
-    assert [*script['older_pages']()] == [], 'run python .ci/outputs.py PAGE'
+    assert [*script['older_pages']()] == [], 'run python -m tools.outputs PAGE'
 
 
 @pytest.mark.parametrize('page', [o for o in PAGES if o.parent.name == 'tutorials' and o.stem != 'famous_errors'],
@@ -72,9 +71,10 @@ def test_a_changed_value_is_seen(results):
     before = {p.name for p, _ in script['older_pages']()}
     file = results/'resnet50_strides.json'
     change(file, values={**load_result('resnet50_strides')['values'], 'more': 1})
-    assert {p.name for p, _ in script['older_pages']()} - before == {'famous_errors.ipynb', '08_bench.ipynb'}
+    pages = {'famous_errors.ipynb', '60_agreement.ipynb', '62_bench.ipynb'}
+    assert {p.name for p, _ in script['older_pages']()} - before == pages
     change(results/'he2015_table2.json', note='a condition told better')
-    assert len([*script['older_pages']()]) == len(before) + 2
+    assert len([*script['older_pages']()]) == len(before) + 3
 
 
 def test_a_quote_is_compared_to_its_digits(results):
@@ -105,7 +105,8 @@ def test_what_is_missing(results):
     with pytest.raises(InputError, match="no result 'nothing': measured are .*resnet50_strides"): load_result('nothing')
     assert not has_result('nothing')
     result = load_result('resnet50_strides')
-    for k in ('data', 'commit', 'versions'): assert missing_conditions({**result, k: None}) == missing_conditions({**result, k: ''}) == [k]
+    for k in ('data', 'commit', 'versions'):
+        for empty in (None, ''): assert missing_conditions({**result, k: empty}) == [k]
     assert missing_conditions({**load_result('he2015_table2'), 'source': ''}) == ['source']
     (results/'he2015_table2.json').write_text('{')
     with pytest.raises(InputError, match='he2015_table2.json is not readable'): load_result('he2015_table2')
@@ -149,11 +150,12 @@ def test_a_move_keeps_a_figure_current(repository):
 def three(repository):
     "Modules of which the second needs the first, and the third nothing; and their commit"
     folder = repository[0].parent
-    sources = {'low': 'SCALE = 2\ndef double(x): return x*SCALE', 'high': 'from .low import double\ndef top(x): return double(x)',
-               'aside': 'def apart(double): return double'}
+    sources = {'low': 'SCALE = 2\ndef double(x): return x*SCALE',
+               'high': 'from .low import double\ndef top(x): return double(x)', 'aside': 'def apart(double): return double'}
     for name, text in sources.items(): (folder/f'{name}.py').write_text(text)
-    run = lambda *args: subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@example.org', *args], cwd=folder,
-                                       capture_output=True, text=True, check=True).stdout
+    who = ['-c', 'user.name=a', '-c', 'user.email=a@example.org']
+    run = lambda *args: subprocess.run(['git', *who, *args], cwd=folder, capture_output=True, text=True,
+                                       check=True).stdout
     run('add', '.')
     run('commit', '-q', '-m', 'three')
     return folder, run('rev-parse', 'HEAD').strip()
@@ -191,7 +193,7 @@ def test_used_results_are_found_in_code():
 
 
 def test_make_results_says_all(tmp_path):
-    r = subprocess.run([sys.executable, ROOT/'.ci'/'results.py'], cwd=tmp_path, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, ROOT/'tools'/'results.py'], cwd=tmp_path, capture_output=True, text=True)
     assert r.returncode == 0 and all(o.stem in r.stdout for o in FILES), r.stderr
 
 

@@ -1,78 +1,23 @@
-"""What a run leaves behind: after its end, after Ctrl-C, after a kill, and after a write that failed."""
+"""Runs compared, loaded and used, and what cannot be used says why."""
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import pickle
+import shutil
+import socket
+from functools import partial
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import Callback, Learner, fastai_path
-from PIL import Image
-from resnet_nbdev import runs
-from resnet_nbdev.core import InputError
-from resnet_nbdev.catalogue import settings_of
-from resnet_nbdev.data import get_data
-from resnet_nbdev.learner import resnet_learner
-from resnet_nbdev.resnet import create_resnet
-from resnet_nbdev.recipes import run_recipe
-from resnet_nbdev.runs import load_run, predict, write_file
-from resnet_nbdev.training import fine_tune
-from safetensors import safe_open
-from safetensors.torch import load_file
+from fastai.vision.all import fastai_path, set_seed
+from resnet_nbdev.data import image_loader
+from resnet_nbdev.runs import compare_runs, load_run, predict
 
-from conftest import environment
-
-FILES = ['best.safetensors', 'config.json', 'curves.png', 'history.csv', 'last.safetensors', 'metrics.json',
-         'predictions.png']
-UNFINISHED = [*FILES[:-1], 'state.safetensors'] # what it takes to go on
-
-
-def names(run): return sorted(o.name for o in run.iterdir())
-
-
-def read(run, name): return json.loads((run/name).read_text())
-
-
-def epoch_of(path):
-    with safe_open(path, 'pt') as f: about = f.metadata()
-    return int(about['epoch'] if 'epoch' in about else json.loads(next(iter(about.values())))['epoch'])
-
-
-def losses(run): return pd.read_csv(run/'history.csv')[['epoch', 'cycle', 'train_loss', 'valid_loss', 'accuracy']]
-
-
-def test_files_of_a_run(digits_run):
-    assert names(digits_run) == FILES
-    config = read(digits_run, 'config.json')
-    assert (config['name'], config['arch']) == ('digits-cifar_resnet8', 'cifar_resnet8')
-    want = dict(source='digits', arch='cifar_resnet8', seed=42, freeze_epochs=1, epochs=2,
-                base_lr=settings_of('digits')['base_lr'])
-    assert {k: config['arguments'][k] for k in want} == want
-    assert {'python', 'torch', 'fastai', 'resnet_nbdev'} <= config['versions'].keys()
-    data = config['data']
-    assert (data['train'], data['val'], data['skipped'], data['vocab']) == (1438, 359, 0, [str(i) for i in range(10)])
-    assert len(data['fingerprint']) == 64
-    for o in ('curves.png', 'predictions.png'):
-        with Image.open(digits_run/o) as im: assert im.format == 'PNG' and min(im.size) > 100
-    for o in FILES: assert (digits_run/o).stat().st_mode & 0o444, 'others may read it too'
-
-
-def test_history_and_metrics_agree(digits_run):
-    history, metrics = pd.read_csv(digits_run/'history.csv'), read(digits_run, 'metrics.json')
-    assert list(history.epoch) == [1, 2, 3] and list(history.cycle) == [1, 2, 2] and not history.isna().any(axis=None)
-    assert (metrics['status'], metrics['epochs'], metrics['epochs_planned']) == ('finished', 3, 3)
-    for k in ('train_loss', 'valid_loss', 'accuracy'): assert metrics['last'][k] == pytest.approx(history[k].iloc[-1])
-    best = history.accuracy.idxmax()
-    assert metrics['best']['epoch'] == history.epoch[best]
-    assert metrics['best']['accuracy'] == pytest.approx(history.accuracy[best])
-    assert metrics['last']['accuracy'] > 0.8, 'three epochs on the digits give about 0.97'
-    assert metrics['seconds'] == pytest.approx(history.seconds.sum())
-    assert epoch_of(digits_run/'best.safetensors') == history.epoch[best]
-    assert epoch_of(digits_run/'last.safetensors') == 3
+from conftest import refuses
+from forked import DAMAGE, WEIGHTS, read
+from toys import config_of, same
 
 
 def test_saved_weights_have_the_accuracy_of_the_table(digits_run):
@@ -83,215 +28,233 @@ def test_saved_weights_have_the_accuracy_of_the_table(digits_run):
     assert len(files) == 359 and sum(right)/359 == pytest.approx(read(digits_run, 'metrics.json')['best']['accuracy'])
 
 
-def test_same_seed_same_run_and_another_seed_another(digits_run, run_cli, tmp_path):
-    for seed in (42, 7):
-        done = run_cli('resnet_fine_tune', 'digits', '--epochs', 2, '--seed', seed, '--name', f'seed{seed}')
-        assert done.returncode == 0, done.stderr
-    same, other = tmp_path/'runs'/'seed42', tmp_path/'runs'/'seed7'
-    pd.testing.assert_frame_equal(losses(same), losses(digits_run), check_exact=True)
-    one, two = load_file(same/'last.safetensors'), load_file(digits_run/'last.safetensors')
-    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    assert (same/'last.safetensors').read_bytes() == (digits_run/'last.safetensors').read_bytes()
-    data = [read(o, 'config.json')['data'] for o in (same, digits_run, other)]
-    assert data[0] == data[1] == data[2]
-    assert (losses(other).train_loss != losses(same).train_loss).all()
-    assert (other/'last.safetensors').read_bytes() != (same/'last.safetensors').read_bytes()
+def looks(learn, images, weights, seed, n):
+    "Probabilities of one plain look and `n` augmented ones"
+    data = config_of(learn)['data']
+    set_seed(seed)
+    model, _ = load_run(learn.run_path, weights)
+    with torch.no_grad():
+        return [torch.cat([model(x).softmax(1) for x, in image_loader(
+            images, data['presize'], data['resize'], data['augment'], 5, 'cpu', augmented=i > 0)]) for i in range(n+1)]
 
 
-def test_a_recipe_with_limits_for_each_split(tmp_path):
-    few = lambda **kw: run_recipe(dict(source='digits'), 'few', runs=tmp_path, freeze_epochs=0, epochs=1, device='cpu',
-                                  max_per_class=(8, 4), json_lines=True, **kw)
-    info = few().dls.info
-    assert (info['train'], info['val']) == (80, 40)
-    assert few(resume=True).run_path == tmp_path/'few'
+def table(found): # as (image, class), whatever the order
+    return found.pivot(index='image', columns='class', values='probability').to_numpy()
 
 
-def test_best_weights_are_those_of_the_best_epoch(folder, tmp_path, monkeypatch):
-    "With an accuracy that is told to rise and fall"
-    told = iter([0.2, 0.9, 0.5])
-
-    def accuracy(pred, truth): return torch.tensor(next(told))
-    dls = get_data(folder, 16, 16, 8, num_workers=0, device='cpu')
-    assert len(dls.valid) == 1
-    learn = Learner(dls, create_resnet('cifar_resnet8', 2), metrics=accuracy)
-    learn.arch, kept = 'cifar_resnet8', []
-
-    class Keep(Callback):
-        def before_validate(self): kept.append({k: v.clone() for k, v in self.learn.model.state_dict().items()})
-    learn.add_cb(Keep())
-    monkeypatch.setattr('resnet_nbdev.runs.plot_predictions', lambda learn: plt.figure())  # it asks for accuracy too
-    fine_tune(learn, 'mine', 0, 3, runs=tmp_path/'runs')
-    run = tmp_path/'runs'/'mine'
-    assert (epoch_of(run/'best.safetensors'), epoch_of(run/'last.safetensors')) == (2, 3)
-    for name, i in (('best', 1), ('last', 2)):
-        weights = load_file(run/f'{name}.safetensors')
-        assert all((weights[k.removeprefix('body.').removeprefix('head.')] == v).all() for k, v in kept[i].items())
-    assert read(run, 'metrics.json')['best']['accuracy'] == pytest.approx(0.9)
-    assert not load_run(run)[0].training
+@pytest.mark.parametrize('weights', ['last', 'average'])
+def test_several_looks(weights, trained, images):
+    "The mean of all; each image's probabilities sum to one; without augmentation nothing is random"
+    learn, kw = trained['mean'], dict(k=3, weights=weights, bs=5, device='cpu')
+    one, again = (predict(learn.run_path, images, **kw) for _ in range(2))
+    pd.testing.assert_frame_equal(one, again, check_exact=True)
+    want = looks(learn, images, weights, 5, 2)
+    np.testing.assert_allclose(table(one), want[0], atol=1e-6)
+    set_seed(5)
+    several = predict(learn.run_path, images, tta=2, **kw)
+    np.testing.assert_allclose(table(several), torch.stack(want).mean(0), atol=1e-6)
+    np.testing.assert_allclose(table(several).sum(1), 1, atol=1e-5)
+    assert np.abs(table(several) - table(one)).max() > 1e-4
+    assert list(several['rank']) == [1, 2, 3]*len(images)
+    assert (several.groupby('image').probability.diff().dropna() <= 0).all()
+    refuses('tta must', predict, learn.run_path, images, tta=-1)
 
 
-# writing
-
-@pytest.mark.parametrize('what', ['replace', 'fsync'])
-def test_a_write_that_fails_keeps_the_old_file(what, tmp_path, monkeypatch):
-    path = tmp_path/'a.json'
-    write_file(path, b'old')
-
-    def fail(*args): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(os, what, fail)
-    with pytest.raises(OSError, match='No space left'): write_file(path, b'new and longer')
-    monkeypatch.undo()
-    assert path.read_bytes() == b'old'
-    assert names(tmp_path) == ['a.json'], 'half of a file takes the space that was missing'
-    write_file(path, b'new and longer')
-    assert path.read_bytes() == b'new and longer' and names(tmp_path) == ['a.json']
+def test_weights_that_a_run_does_not_have(trained, images):
+    ask = partial(predict, trained['head'].run_path, images[0])
+    refuses(['no average.safetensors', 'it has best, last'], ask, weights='average')
+    refuses("'best', 'last' or 'average', not 'mean'", ask, weights='mean')
 
 
-KILLED_WRITER = '''
-import os, random, signal, sys, time
-from pathlib import Path
-from resnet_nbdev.runs import write_file
-path, contents = Path(sys.argv[1])/'a.bin', [b'a'*3_000_000, b'b'*2_000_000]
-write_file(path, contents[0])
-random.seed(1)
-for i in range(25):
-    if not (pid := os.fork()):
-        while True:
-            for o in contents: write_file(path, o)
-    time.sleep(random.uniform(0.005, 0.05))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    assert path.read_bytes() in contents, f'a part of a file after kill {i}'
-print('whole')
-'''
+def test_compare_runs(trained):
+    folder = trained['mean'].run_path.parent
+    table, fig = compare_runs(runs=folder)
+    assert list(table.index) == ['ema', 'head', 'mean'] and table.index.name == 'run'
+    assert list(table) == ['arch', 'weights', 'status', 'epochs', 'parameters', 'best_epoch', 'accuracy', 'valid_loss',
+                           'last', 'average', 'seconds']
+    for name, learn in trained.items():
+        metrics, row = json.loads((learn.run_path/'metrics.json').read_text()), table.loc[name]
+        assert (row.arch, row.weights, row.status, row.epochs) == ('cifar_resnet8', 'none', 'finished', 3)
+        assert row.parameters == sum(p.numel() for p in learn.model.parameters())
+        assert (row.best_epoch, row.accuracy, row['last']) == \
+            (metrics['best']['epoch'], metrics['best']['accuracy'], metrics['last']['accuracy'])
+        assert np.isnan(row.average) if name == 'head' else row.average == metrics['average']['accuracy']
+    assert [o.get_label() for o in fig.axes[0].lines] == ['ema', 'head', 'mean']
+    some, fig = compare_runs('mean', folder/'ema', runs=folder, metric='valid_loss')
+    assert list(some.index) == ['mean', 'ema'], 'as asked for'
+    history = pd.read_csv(folder/'mean'/'history.csv')
+    assert list(fig.axes[0].lines[0].get_ydata()) == list(history.valid_loss)
+    assert fig.axes[0].get_ylabel() == 'valid_loss'
+    plt.close('all')
 
 
-def test_a_killed_writer_leaves_whole_files(tmp_path):
-    done = subprocess.run([sys.executable, '-c', KILLED_WRITER, tmp_path], env=environment(), capture_output=True,
-                          text=True, timeout=120)
-    assert done.stdout == 'whole\n', done.stderr
+def test_runs_that_cannot_be_compared(trained, tmp_path):
+    folder = trained['mean'].run_path.parent
+    refuses(['there is no run other', 'ema, head, mean'], compare_runs, 'other', runs=folder)
+    refuses(['has no top_5', 'accuracy'], compare_runs, 'mean', runs=folder, metric='top_5')
+    refuses('no run with a finished epoch', compare_runs, runs=tmp_path)
+    (tmp_path/'begun').mkdir()
+    shutil.copy(folder/'mean'/'config.json', tmp_path/'begun')
+    refuses(['begun has no history.csv', 'no epoch'], compare_runs, 'begun', runs=tmp_path)
+    refuses('no run with a finished epoch', compare_runs, runs=tmp_path)
+    plt.close('all')
 
 
-# a training that is ended from outside
+# networks from files
 
-def wait_for(condition, p, seconds=90):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert p.poll() is None and time.monotonic() < end, f'exit code {p.poll()} before it came that far'
-        time.sleep(0.02)
+@pytest.mark.parametrize('name', ['mean', 'head'])
+def test_a_run_is_its_json_and_its_weights(name, trained, images, tmp_path, monkeypatch):
+    "Two files in another place, no pickle: the network with its cut, its hidden layer and dropout answers as trained"
+    learn, run = trained[name], tmp_path/'elsewhere'
+    run.mkdir()
+    for o in ('config.json', 'last.safetensors'): shutil.copy(learn.run_path/o, run)
 
-
-def rows(run): return len((run/'history.csv').read_text().splitlines()) - 1 if (run/'history.csv').exists() else 0
-
-
-def nobody_left(group, seconds=10):
-    "True if the process group has no living process any more"
-    for _ in range(seconds*10):
-        try: os.killpg(group, 0)
-        except ProcessLookupError: return True
-        time.sleep(0.1)
-    return False
-
-
-def interrupt(p, tmp_path):
-    "What a terminal does at Ctrl-C; returns what the command said"
-    os.killpg(p.pid, signal.SIGINT)
-    try: code = p.wait(30)
-    except subprocess.TimeoutExpired: pytest.fail('Ctrl-C was not heard')
-    assert code == 2, (tmp_path/'err').read_text()
-    assert nobody_left(p.pid), 'a process that loads images is still there'
-    said = (tmp_path/'err').read_text()
-    assert said.startswith('resnet_fine_tune: interrupted') and said.count('\n') == 1, said
-    return said
+    def refuse(*args, **kw): raise AssertionError('a pickle was opened')
+    for module, what in (torch, 'load'), (pickle, 'load'), (pickle, 'loads'), (pickle, 'Unpickler'):
+        monkeypatch.setattr(module, what, refuse)
+    model, config = load_run(run, 'last')
+    assert config == config_of(learn) and not model.training
+    assert str(model.head) == str(learn.model.head) and same(model.state_dict(), learn.model.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(x), learn.model.eval()(x))
+    assert len(predict(run, images[:2], weights='last')) == 6
+    if name == 'head': assert (model.head.fc1.out_features, model.head.dropout.p, model.stride) == (5, 0.3, 2)
 
 
-def readable(run):
-    "Every file of a run is whole; returns how many"
-    for f in (found := [o for o in run.iterdir() if not o.name.startswith('.')]):
-        if f.suffix == '.json': json.loads(f.read_text())
-        elif f.suffix == '.csv': assert not pd.read_csv(f).isna().any(axis=None)
-        elif f.suffix == '.safetensors': load_file(f)
-        else: Image.open(f).load()
-    return len(found)
+@pytest.mark.parametrize('changes, says', [(dict(cut=1), 'another network'), (dict(hidden=6), 'another network'),
+                                           (dict(hidden=-1), 'hidden must'), (dict(cut=7), 'it has no more')], ids=str)
+def test_another_network_than_recorded(changes, says, trained, tmp_path):
+    "A configuration that was changed by hand"
+    run = Path(shutil.copytree(trained['head'].run_path, tmp_path/'mine'))
+    config = json.loads((run/'config.json').read_text())
+    config['learner']['plan'] |= changes
+    (run/'config.json').write_text(json.dumps(config))
+    refuses(says, load_run, run)
 
 
-def test_ctrl_c(start_cli, tmp_path, digits_run, digit_files):
-    "Exit code 2, one sentence, and a run that can be used"
-    run = tmp_path/'runs'/'mine'
-    p = start_cli('resnet_fine_tune', 'digits', '--epochs', 50, '--workers', 2, '--name', 'mine')
-    wait_for(lambda: rows(run) >= 2, p)
-    assert 'runs/mine' in interrupt(p, tmp_path)
-    metrics, history = read(run, 'metrics.json'), losses(run)
-    assert (metrics['status'], metrics['epochs'], metrics['epochs_planned']) == ('interrupted', len(history), 51)
-    assert 2 <= len(history) < 51 and readable(run) == 7 and names(run) == UNFINISHED
-    assert epoch_of(run/'last.safetensors') - len(history) in (0, 1), 'the weights are written before the table'
-    for weights in ('best', 'last'): assert load_run(run, weights)[1]['arch'] == 'cifar_resnet8'
+# runs that cannot be used
+
+def test_unknown_run(refused_here, run_copy):
+    refused_here('resnet_predict', 'yours', 'a.png', says=['there is no run yours', 'runs/ has mine'])
 
 
-def test_ctrl_c_leaves_a_run_for_predict(start_cli, run_cli, tmp_path, digit_files):
-    run = tmp_path/'runs'/'mine'
-    p = start_cli('resnet_fine_tune', 'digits', '--epochs', 50, '--name', 'mine')
-    wait_for(lambda: rows(run) >= 1, p)
-    interrupt(p, tmp_path)
-    done = run_cli('resnet_predict', 'mine', digit_files[3], '--json')
-    assert done.returncode == 0 and len(json.loads(done.stdout)[0]['predictions']) == 3, done.stderr
+def test_unknown_run_without_runs(tmp_path):
+    refuses(['there is no run mine', str(tmp_path)], load_run, 'mine', runs=tmp_path)
 
 
-def test_ctrl_c_before_the_first_epoch_is_finished(start_cli, refused_here, tmp_path, digit_files):
-    run = tmp_path/'runs'/'mine'
-    p = start_cli('resnet_fine_tune', 'digits', '--epochs', 50, '--workers', 2, '--name', 'mine')
-    wait_for(lambda: (run/'metrics.json').exists(), p)
-    assert 'runs/mine' in interrupt(p, tmp_path)
-    assert read(run, 'metrics.json')['status'] == 'interrupted' and readable(run) == 2
-    assert names(run) == ['config.json', 'metrics.json']
+def test_run_without_weights(refused_here, run_copy, digit_files):
+    (run_copy/'best.safetensors').unlink()
     refused_here('resnet_predict', 'mine', digit_files[0],
                  says=['runs/mine has no best.safetensors', 'no epoch of it was finished'])
+    assert len(predict(run_copy, digit_files[0], weights='last')) == 3
 
 
-def test_ctrl_c_while_the_run_begins(start_cli, tmp_path):
-    "From the moment in which the folder is there, its state is told"
-    run = tmp_path/'runs'/'mine'
-    p = start_cli('resnet_fine_tune', 'digits', '--epochs', 50, '--name', 'mine')
-    wait_for(run.exists, p)
-    interrupt(p, tmp_path)
-    assert read(run, 'metrics.json')['status'] == 'interrupted' and readable(run) == 2
+def test_corrupt_config(refused_here, run_copy, digit_files):
+    (run_copy/'config.json').write_text('{"name": "mine", "arch')
+    refused_here('resnet_predict', 'mine', digit_files[0], says=['runs/mine/config.json is not readable'])
 
 
-def test_ctrl_c_that_waits_until_the_run_has_begun(tmp_path, monkeypatch):
-    "It is held while the folder is made, and heard before the training has begun"
-    monkeypatch.chdir(tmp_path)
-    write = runs.Checkpointer.write_metrics
-    def interrupted(self, status, **more):
-        write(self, status, **more)
-        if status == 'running': os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(runs.Checkpointer, 'write_metrics', interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler) # which pytest-xdist has taken away
-    try:
-        with pytest.raises(KeyboardInterrupt): fine_tune(resnet_learner(get_data('digits'), 'cifar_resnet8'), 'mine')
-    finally: signal.signal(signal.SIGINT, before)
-    assert read(tmp_path/'runs'/'mine', 'metrics.json')['status'] == 'interrupted'
-    assert names(tmp_path/'runs'/'mine') == ['config.json', 'metrics.json']
+@pytest.mark.parametrize('content', [
+    b'', b'\xff\xfe\0', b'[]', b'3', b'null', b'{}', b'{"arch": "cifar_resnet8"}',
+    b'{"arch": ["cifar_resnet8"], "data": {}}', b'{"arch": "cifar_resnet8", "data": 1}',
+    b'{"arch": "cifar_resnet8", "data": {"vocab": ["1", "2"]}}',
+    b'{"arch": "cifar_resnet8", "data": {"presize": 16, "resize": 16, "augment": {}}}'])
+def test_config_of_something_else(content, run_copy, digit_files):
+    (run_copy/'config.json').write_bytes(content)
+    refuses(str(run_copy), predict, run_copy, digit_files[0])
 
 
-def test_kill(start_cli, tmp_path):
-    "A power cut: what is there is whole, and is the last epoch that was finished"
-    run = tmp_path/'runs'/'mine'
-    p = start_cli('resnet_fine_tune', 'digits', '--epochs', 50, '--workers', 2, '--name', 'mine')
-    wait_for(lambda: rows(run) >= 1, p)
-    time.sleep(0.3)
-    os.killpg(p.pid, signal.SIGKILL)
-    assert p.wait(10) == -signal.SIGKILL and nobody_left(p.pid)
-    assert readable(run) >= 6 and read(run, 'metrics.json')['status'] == 'running'
-    assert load_run(run, 'last')[1]['name'] == 'mine' and epoch_of(run/'last.safetensors') >= rows(run) >= 1
+@pytest.mark.parametrize('kept', [0, 7, 1000, 300_000])
+def test_truncated_weights(kept, run_copy):
+    path = run_copy/'best.safetensors'
+    path.write_bytes(path.read_bytes()[:kept])
+    refuses(f'{path} is not a readable .safetensors file', load_run, run_copy)
 
 
-def test_error_in_the_middle(folder, tmp_path):
-    "An exception of the user's own callback passes, and the run tells that it failed"
-    class Fault(Callback):
-        def before_validate(self):
-            if self.epoch == 1: raise ZeroDivisionError('mine')
-    learn = resnet_learner(get_data(folder, 16, 16, 8, num_workers=0, device='cpu'), 'cifar_resnet8', cbs=Fault())
-    with pytest.raises(ZeroDivisionError, match='mine'): fine_tune(learn, 'mine', 0, 3, runs=tmp_path)
-    assert read(tmp_path/'mine', 'metrics.json')['status'] == 'failed' and rows(tmp_path/'mine') == 1
-    assert readable(tmp_path/'mine') == 7
-    with pytest.raises(InputError, match='exists already'): fine_tune(learn, 'mine', 0, 3, runs=tmp_path)
+def test_truncated_weights_by_command(refused, run_copy, digit_files):
+    path = run_copy/'best.safetensors'
+    path.write_bytes(path.read_bytes()[:100_000])
+    refused('resnet_predict', 'mine', digit_files[0],
+            says=['runs/mine/best.safetensors is not a readable .safetensors file'])
+
+
+def test_unknown_weights(digits_run): refuses(["'best', 'last' or 'average'", "'worst'"], load_run, digits_run, 'worst')
+
+
+@pytest.fixture
+def copied(whole, tmp_path): return Path(shutil.copytree(whole(), tmp_path/'runs'/'mine'))
+
+
+@pytest.fixture
+def image(digits): return next((digits/'val'/'3').iterdir())
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+@pytest.mark.parametrize('weights', WEIGHTS)
+def test_damaged_weights_do_not_predict(copied, image, refused_here, tmp_path, weights, damage):
+    DAMAGE[damage](copied/f'{weights}.safetensors', tmp_path/'marker')
+    refused_here('resnet_predict', 'mine', image, '--weights', weights, says=[f'runs/mine/{weights}.safetensors'])
+    assert not (tmp_path/'marker').exists()
+
+
+def test_exchanged_weights_do_not_predict(copied, image, refused_here):
+    best, last = (copied/f'{o}.safetensors' for o in ('best', 'last'))
+    one, two = best.read_bytes(), last.read_bytes()
+    best.write_bytes(two)
+    last.write_bytes(one)
+    for o in 'best', 'last': refused_here('resnet_predict', 'mine', image, '--weights', o,
+                                          says=[f'runs/mine/{o}.safetensors was exchanged'])
+
+
+@pytest.mark.parametrize('changes', [dict(arch='cifar_resnet20'), dict(seed=8)], ids=['network', 'seed'])
+@pytest.mark.parametrize('weights', WEIGHTS)
+def test_weights_of_another_run_do_not_predict(copied, whole, image, refused_here, weights, changes):
+    shutil.copy(whole(**changes)/f'{weights}.safetensors', copied)
+    refused_here('resnet_predict', 'mine', image, '--weights', weights,
+                 says=[f'runs/mine/{weights}.safetensors was exchanged'])
+
+
+# images that cannot be used
+
+def test_missing_image(refused_here, run_copy, digit_files):
+    refused_here('resnet_predict', 'mine', digit_files[0], 'absent.png', says=['there is no file or folder absent.png'])
+
+
+def test_bad_image(refused_here, run_copy, tmp_path):
+    (tmp_path/'bad.png').write_bytes(b'no picture')
+    refused_here('resnet_predict', 'mine', 'bad.png', says=['bad.png is no readable image'])
+
+
+def test_empty_folder(digits_run, tmp_path):
+    refuses(f'there is no readable image in {tmp_path}', predict, digits_run, tmp_path)
+
+
+def test_no_image(digits_run): refuses('no image was given', predict, digits_run, [])
+
+
+@pytest.mark.parametrize('kw', [dict(k=0), dict(k=-1), dict(bs=0)])
+def test_counts_of_predict(kw, digits_run, digit_files):
+    refuses([next(iter(kw)), 'at least 1'], predict, digits_run, digit_files[0], **kw)
+
+
+def test_unreachable_address(refused_here, digits_run):
+    with socket.create_server(('127.0.0.1', 0)) as s: url = f'http://127.0.0.1:{s.getsockname()[1]}/photo.png'
+    refused_here('resnet_predict', digits_run, url, '--allow_private', says=[url, 'could not be fetched', 'file'])
+
+
+def test_address_of_this_machine(refused_here, digits_run, digit_files, web):
+    web.pages['seven.png'] = digit_files[7].read_bytes()
+    refused_here('resnet_predict', digits_run, f'{web.url}seven.png',
+                 says=[f'{web.url}seven.png leads to 127.0.0.1', 'no public address', '--allow_private'])
+
+
+def test_address_without_a_picture(web, digits_run):
+    "The address and the reason: a 404 is mended in another way than a dead network"
+    web.pages['page.html'] = b'<html>no picture</html>'
+    for page, says in [('absent.png', ['could not be fetched', '404']), ('page.html', ['no readable image'])]:
+        refuses([web.url + page, *says], predict, digits_run, web.url + page, allow_private=True)
+
+
+def test_address_that_breaks_off(web, digits_run):
+    web.pages['cut.png'] = b'\x89PNG', 1000
+    refuses([f'{web.url}cut.png could not be fetched'], predict, digits_run, f'{web.url}cut.png', allow_private=True)

@@ -1,4 +1,5 @@
 """The way to a first run on a bare machine: the environment's script, the Makefile, imports and workflow files."""
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 from conftest import ROOT, environment
 
-in_project = pytest.mark.skipif(not all((ROOT/o).exists() for o in ('Makefile', 'settings.ini', '.ci/venv.py')),
+in_project = pytest.mark.skipif(not all((ROOT/o).exists() for o in ('Makefile', 'settings.ini', 'tools/venv.py')),
                                 reason=f'{ROOT} is not the project: tests/ was copied alone')
 
 
@@ -21,7 +22,7 @@ def run(*args, cwd, **env):
 def project(tmp_path):
     "What `make demo` looks at before it installs anything"
     dest = tmp_path/'project'
-    shutil.copytree(ROOT/'.ci', dest/'.ci', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(ROOT/'tools', dest/'tools', ignore=shutil.ignore_patterns('__pycache__'))
     for o in ('Makefile', 'settings.ini', 'setup.py'): shutil.copyfile(ROOT/o, dest/o)
     return dest
 
@@ -45,7 +46,7 @@ def one_sentence(done, *says):
 @pytest.mark.parametrize('version', ['2.7', '3.6', '3.8', '3.9'])
 def test_old_python(version, project):
     old = python(version)
-    done = run(old, '.ci/venv.py', '.venv', '-e', '.[dev]', cwd=project)
+    done = run(old, 'tools/venv.py', '.venv', '-e', '.[dev]', cwd=project)
     one_sentence(done, f'is Python {version}.', 'needs 3.10 or newer', 'make demo PYTHON=')
     assert not (project/'.venv').exists()
 
@@ -55,7 +56,7 @@ def test_python_without_venv(project, tmp_path):
     "Debian ships ensurepip apart from Python"
     (tmp_path/'fake').mkdir()
     (tmp_path/'fake'/'ensurepip.py').write_text('raise ImportError("not installed")\n')
-    done = run(sys.executable, '.ci/venv.py', '.venv', '-e', '.[dev]', cwd=project, PYTHONPATH=str(tmp_path/'fake'))
+    done = run(sys.executable, 'tools/venv.py', '.venv', '-e', '.[dev]', cwd=project, PYTHONPATH=str(tmp_path/'fake'))
     one_sentence(done, 'has no venv module', 'apt-get install python3-venv')
     assert not (project/'.venv').exists()
 
@@ -106,10 +107,23 @@ def test_help_is_quick_and_complete(command, flags, tmp_path):
     assert 'fastai.vision' not in done.stderr and not list(tmp_path.iterdir())
 
 
+SCHEMAS = {'.github/workflows/*': 'github-workflows', '.github/dependabot.yml': 'dependabot',
+           '.github/ISSUE_TEMPLATE/[!c]*': 'github-issue-forms', 'CITATION.cff': 'citation-file-format',
+           '.github/ISSUE_TEMPLATE/config.yml': 'github-issue-config'}
+
+
 @in_project
-@pytest.mark.parametrize('name', ['test.yaml', 'gpu.yaml', 'docs.yaml'])
-def test_workflow(name):
-    path, tool = ROOT/'.github'/'workflows'/name, Path(sys.executable).with_name('check-jsonschema')
+@pytest.mark.parametrize('pattern', SCHEMAS)
+def test_configuration_files(pattern):
+    "They are what GitHub, or whoever reads them, takes"
+    tool, files = Path(sys.executable).with_name('check-jsonschema'), sorted(ROOT.glob(pattern))
     if not tool.exists(): pytest.skip('check-jsonschema is not installed')
-    done = run(tool, '--builtin-schema', 'vendor.github-workflows', path, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(tool, '--builtin-schema', f'vendor.{SCHEMAS[pattern]}', *files, cwd=ROOT)
+    assert files and done.returncode == 0, done.stdout + done.stderr
+
+
+@in_project
+def test_actions_are_pinned():
+    "By the hash of a commit, which cannot be moved, with its version beside it for dependabot and readers"
+    used = [o for p in ROOT.glob('.github/workflows/*') for o in re.findall('uses: (.+)', p.read_text())]
+    assert used and [o for o in used if not re.fullmatch(r'[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+', o)] == []

@@ -9,21 +9,23 @@ import re
 import socket
 import subprocess
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from resnet_nbdev import weights
+from resnet_nbdev.core import InputError
+from resnet_nbdev.networks import custom_resnet
+from resnet_nbdev.resnet import ARCHS, BottleneckBlock, cifar_resnet, create_resnet, resnet18, resnet50
+from resnet_nbdev.weights import IMAGENET, IMAGENET_URL, adapt_conv1, imagenet_name, load_weights, torchvision_state
 from safetensors.torch import save_file
 from timm.models._manipulate import adapt_input_conv
 from torchvision import models
 
 from conftest import randomised
-from resnet_nbdev import resnet
-from resnet_nbdev.core import InputError
-from resnet_nbdev.networks import custom_resnet
-from resnet_nbdev.resnet import ARCHS, BottleneckBlock, cifar_resnet, create_resnet, resnet18, resnet50
-from resnet_nbdev.weights import IMAGENET, IMAGENET_URL, adapt_conv1, imagenet_name, load_weights, torchvision_state
+from random_networks import images, random_networks, same_tensors, trained
 
 PICKLES = dict(zip=dict(), legacy=dict(_use_new_zipfile_serialization=False))
 
@@ -473,8 +475,8 @@ def cache(tmp_path):
 def page(published, web, cache, monkeypatch):
     "The path at which the weights are published"
     _, content, digest = published
-    monkeypatch.setattr(resnet, 'IMAGENET', IMAGENET | dict(resnet18=digest))
-    monkeypatch.setattr(resnet, 'IMAGENET_URL', web.url + '{}-{}.pth')
+    monkeypatch.setattr(weights, 'IMAGENET', IMAGENET | dict(resnet18=digest))
+    monkeypatch.setattr(weights, 'IMAGENET_URL', web.url + '{}-{}.pth')
     web.pages, name = Pages(), f'resnet18-{digest}.pth'
     web.pages[name] = content
     return name
@@ -523,11 +525,11 @@ def test_imagenet_that_cannot_be_fetched(fault, published, web, page, cache, mon
     if fault == 'no server':
         with socket.socket() as s:
             s.bind(('127.0.0.1', 0))
-            monkeypatch.setattr(resnet, 'IMAGENET_URL', f'http://127.0.0.1:{s.getsockname()[1]}/{{}}-{{}}.pth')
+            monkeypatch.setattr(weights, 'IMAGENET_URL', f'http://127.0.0.1:{s.getsockname()[1]}/{{}}-{{}}.pth')
     if fault == 'cut cache':
         cache.mkdir(parents=True)
         (cache/page).write_bytes(content[:10_000])
-    refused(resnet18(), 'imagenet', resnet.IMAGENET_URL.split('{')[0] + page, 'could not be fetched')
+    refused(resnet18(), 'imagenet', weights.IMAGENET_URL.split('{')[0] + page, 'could not be fetched')
     left = list(cache.iterdir()) if cache.exists() else []
     assert left == ([cache/page] if fault == 'cut cache' else [])
 
@@ -558,3 +560,28 @@ def test_published_names():
     for name in IMAGENET:
         with torch.device('meta'): model = ARCHS[name](classes=10, in_channels=1, zero_init=True)
         assert imagenet_name(model) == name
+
+
+# networks of every kind
+
+@random_networks(6)
+def test_round_trip_of_the_weights(kw, size):
+    one, other, x = trained(kw, 0), trained(kw, 1), images(kw, size)
+    state = torchvision_state(one)
+    assert load_weights(other, state, strict=True) is other
+    same_tensors(other.state_dict(), one.state_dict())
+    with torch.no_grad(): assert torch.equal(one(x), other(x))
+    assert all(t.data_ptr() == u.data_ptr() for t, u in zip(state.values(), one.state_dict().values()))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize('arch', [partial(cifar_resnet, 8), partial(resnet18, block='PreActBlock')],
+                         ids=['cifar_resnet8', 'preact_resnet18'])
+def test_weights_take_the_precision_of_the_model(dtype, arch):
+    source, model = arch(classes=3), arch(classes=3).to(dtype)
+    load_weights(model, torchvision_state(source), strict=True)
+    for k, v in model.state_dict().items():
+        want = source.state_dict()[k]
+        assert torch.equal(v, want.to(dtype) if want.is_floating_point() else want), k
+    assert next(model.parameters()).dtype == dtype
+    with torch.no_grad(): assert model.eval()(torch.randn(2, 3, 32, 32, dtype=dtype)).isfinite().all()
