@@ -3,8 +3,8 @@
 PYTHON ?= python3
 FLAGS ?= slow
 BIN := .venv/bin
-# What `make check` takes of the tests: package, README and notebooks agree; blocks, networks and weights are right
-CHECKED := $(patsubst %,tests/test_%.py,project blocks networks resnet weights)
+# What `make check` takes of the tests: package, README and notebooks agree, the house stands, networks and weights are right
+CHECKED := $(patsubst %,tests/test_%.py,project house options blocks networks resnet weights)
 .DELETE_ON_ERROR:
 .PHONY: help demo check test test-slow test-tutorials test-latest prepare outputs results docs dist clean
 

@@ -47,6 +47,7 @@ from .console import *
 from .cli import *
 from .agreement import *
 from .timing import *
+from .scaling import *
 from .bench import *
 
 # %% ../nbs/90_all.ipynb #64995394

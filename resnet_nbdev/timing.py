@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['in_turns', 'paired_seconds', 'quartiles', 'ratio', 'model_seconds', 'ceilings', 'loader_rates', 'stage_calls',
-           'evict', 'loader_bench', 'plot_rates', 'learner_rate', 'train_bench', 'link_rates', 'allreduce_bench',
-           'epoch_cost', 'compile_bench', 'break_even']
+           'evict', 'loader_bench', 'plot_rates', 'learner_rate', 'train_bench', 'compile_bench', 'break_even']
 
-# %% ../nbs/61_timing.ipynb #6f1f879d
-import math, mmap, os, socket, tempfile, time
+# %% ../nbs/61_timing.ipynb #7680e035
+import math, mmap, os, tempfile, time
 from copy import deepcopy
 from functools import partial
 from unittest.mock import patch
@@ -18,13 +17,12 @@ from fastai.vision.all import DataLoaders, Learner, MixedPrecision
 from .agreement import same_networks
 from .core import InputError, check_counts
 from .data import get_data
-from .distributed import is_main, join, leave, load_accelerate, ranks
 from .images import open_image
 from .resident import resident_data
 from .resnet import create_resnet
 from .warps import draw_augment, homographies, lookup_tables, warp_cv2
 
-# %% ../nbs/61_timing.ipynb #b864325b
+# %% ../nbs/61_timing.ipynb #0fa72898
 def in_turns(
     calls:dict, # name -> function without arguments; returns a number, or a dictionary of them
     rounds:int=20 # how often each is called
@@ -36,7 +34,7 @@ def in_turns(
     rows = [{n: calls[n]() for n in turn} for turn in turns]
     return pd.json_normalize([{n: row[n] for n in names} for row in rows[1:]])
 
-# %% ../nbs/61_timing.ipynb #1c01e558
+# %% ../nbs/61_timing.ipynb #0c0c433e
 def _synchronize():
     if torch.cuda.is_available(): torch.cuda.synchronize()
 
@@ -47,7 +45,7 @@ def _seconds(call):
     _synchronize()
     return time.perf_counter() - start
 
-# %% ../nbs/61_timing.ipynb #bfd18ad6
+# %% ../nbs/61_timing.ipynb #7584cacb
 def paired_seconds(
     calls:dict, # name -> function without arguments
     rounds:int=20 # how often each is called
@@ -55,13 +53,13 @@ def paired_seconds(
     "Time several functions in turns, so that what slows the machine slows all of them"
     return in_turns({k: partial(_seconds, f) for k,f in calls.items()}, rounds)
 
-# %% ../nbs/61_timing.ipynb #783f3744
+# %% ../nbs/61_timing.ipynb #b26a142c
 def quartiles(values:pd.Series) -> dict: # median, low and high quartile
     "The middle of several measurements, and how far they lie apart"
     found = values.quantile([.25, .5, .75])
     return {k: float(v) for k,v in zip(('low', 'median', 'high'), found)}
 
-# %% ../nbs/61_timing.ipynb #bab3d74b
+# %% ../nbs/61_timing.ipynb #bc6414bc
 def ratio(
     times:pd.DataFrame, # from `paired_seconds`
     a:str, b:str # two of its columns
@@ -69,7 +67,7 @@ def ratio(
     "How many times `a` is `b`, by the ratio within each round"
     return quartiles(times[a] / times[b])
 
-# %% ../nbs/61_timing.ipynb #be9408b6
+# %% ../nbs/61_timing.ipynb #ad407fe0
 def _forward_backward(model, x): # a function without arguments
     def call():
         model.zero_grad()
@@ -89,7 +87,7 @@ def model_seconds(
     nets = same_networks(arch, 1000)
     return paired_seconds({k: _forward_backward(o.to(device), x) for k,o in nets.items()}, rounds)
 
-# %% ../nbs/61_timing.ipynb #5021cfee
+# %% ../nbs/61_timing.ipynb #fc2d3e49
 def ceilings(
     device='cpu',
     n:int=2048, # height and width of the matrices
@@ -103,7 +101,7 @@ def ceilings(
     best = paired_seconds(dict(flops=lambda: a @ b, copy=lambda: y.copy_(x)), rounds).min()
     return dict(flops=2*n**3/best['flops'], copy=len(x)/best['copy'])
 
-# %% ../nbs/61_timing.ipynb #52ea8713
+# %% ../nbs/61_timing.ipynb #2e4129a9
 def loader_rates(
     dl, # gives batches whose first part is the images
     images:int=600 # that are loaded after the first batch, if the loader has so many
@@ -126,13 +124,13 @@ def loader_rates(
     return dict(with_first=(first + n)/(end - start), first=first/(begun - start),
                 without_first=n/(end - begun))
 
-# %% ../nbs/61_timing.ipynb #44b1b95d
+# %% ../nbs/61_timing.ipynb #49d2ddf0
 def _both_loaders(source, presize, size, bs, workers, max_per_class, device): # (stock, resident)
     kw = dict(presize=presize, bs=bs, num_workers=workers, device=device,
               max_per_class=(max_per_class, 10))
     return get_data(source, resize=size, **kw), resident_data(source, size, **kw)
 
-# %% ../nbs/61_timing.ipynb #af06d6ca
+# %% ../nbs/61_timing.ipynb #e485d35e
 def _stock_steps(stock, n): # name -> function without arguments, which works on n images
     dl,item_tfms = stock.train,stock.after_item # resize, to tensor
     files = list(stock.train_ds.items)[:n]
@@ -143,7 +141,7 @@ def _stock_steps(stock, n): # name -> function without arguments, which works on
             'item transforms': lambda: [item_tfms(o) for o in images],
             'batch transforms': lambda: dl.after_batch(tuple(o.clone() for o in batch))}
 
-# %% ../nbs/61_timing.ipynb #501f7d98
+# %% ../nbs/61_timing.ipynb #77237809
 def _interpolation(resident, n): # a function without arguments, which makes n images
     r = resident.train.resident
     drawn = draw_augment(n, r.augment, r.presize, r.size, np.random.default_rng(0))
@@ -154,7 +152,7 @@ def _interpolation(resident, n): # a function without arguments, which makes n i
         for i in range(n): warp_cv2(squares[i], matrices[i], tables[i], out, r.presize)
     return call
 
-# %% ../nbs/61_timing.ipynb #31ad9205
+# %% ../nbs/61_timing.ipynb #77f298e6
 def stage_calls(
     stock:DataLoaders, # from `get_data`
     resident:DataLoaders, # from `resident_data`, of the same images
@@ -164,7 +162,7 @@ def stage_calls(
     parts = {**_stock_steps(stock, n), 'interpolation': _interpolation(resident, n)}
     return {k: lambda f=f: n/_seconds(f) for k,f in parts.items()}
 
-# %% ../nbs/61_timing.ipynb #cc3d0ae8
+# %% ../nbs/61_timing.ipynb #a05b1bc5
 def evict(mapped:np.memmap):
     "Drop a mapped file from memory, if the system can: the next look waits for the disk"
     if not hasattr(os, 'posix_fadvise'): return
@@ -172,7 +170,7 @@ def evict(mapped:np.memmap):
     with open(mapped.filename, 'rb') as f:
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-# %% ../nbs/61_timing.ipynb #ac99f823
+# %% ../nbs/61_timing.ipynb #0357a8ea
 def _from_disk(resident, images): # images/s
     evict(resident.train.resident.squares)
     return loader_rates(resident.train, images)['without_first']
@@ -197,7 +195,7 @@ def loader_bench(
         calls['resident, from disk'] = lambda: _from_disk(resident, images)
     return in_turns(calls, rounds)
 
-# %% ../nbs/61_timing.ipynb #d6075819
+# %% ../nbs/61_timing.ipynb #e4c63347
 def _bars(ax, title, rates): # medians with their quartiles
     t = pd.DataFrame(rates).T.sort_values('median')
     is_ours = [o.startswith('resident') or o == 'interpolation' for o in t.index]
@@ -219,7 +217,7 @@ def plot_rates(
     for ax,(title,rates) in zip(axes[0], results.items()): _bars(ax, title, rates)
     return fig
 
-# %% ../nbs/61_timing.ipynb #60f27cac
+# %% ../nbs/61_timing.ipynb #53e99229
 class _BatchClock(Callback):
     order = 1000
     def __init__(self, batches): self.batches,self.times = batches,[]
@@ -229,14 +227,14 @@ class _BatchClock(Callback):
         self.times.append(time.perf_counter())
         if len(self.times) > self.batches: raise CancelFitException
 
-# %% ../nbs/61_timing.ipynb #744046ee
+# %% ../nbs/61_timing.ipynb #c929381b
 class _OneBatch: # a loader that gives the same batch again and again
     def __init__(self, dl, batches): self.batch,self.n,self.dl = dl.one_batch(),batches + 1,dl
     def __iter__(self): return iter([self.batch]*self.n)
     def __len__(self): return self.n
     def __getattr__(self, k): return getattr(self.dl, k)
 
-# %% ../nbs/61_timing.ipynb #537b62c5
+# %% ../nbs/61_timing.ipynb #044c94b5
 def learner_rate(
     dls:DataLoaders,
     model:torch.nn.Module,
@@ -251,7 +249,7 @@ def learner_rate(
     times = clock.times[:batches + 1]
     return dls.train.bs*(len(times) - 1)/(times[-1] - times[0])
 
-# %% ../nbs/61_timing.ipynb #5d3f9187
+# %% ../nbs/61_timing.ipynb #f4ffe313
 def train_bench(
     source='imagenette', # as in `get_data`
     arch:str='resnet18', # a name that torchvision has as well
@@ -276,89 +274,7 @@ def train_bench(
     return in_turns({'fixed batch': rate(fixed, ours), 'resident': rate(resident, ours),
                      'stock': rate(stock, ours), **others, 'resident alone': alone}, rounds)
 
-# %% ../nbs/61_timing.ipynb #541f0080
-def link_rates(
-    sizes:dict, # name -> (number of elements, dtype) of a tensor
-    rounds:int=20, # see `in_turns`
-    device='cpu' # from `join`
-) -> pd.DataFrame: # bytes/s: a row for each round, a column for each name
-    "How fast the ranks that have joined add up their tensors: bytes that each must send, by time"
-    import torch.distributed as dist
-    zeros = partial(torch.zeros, device=device) # which do not grow when they are added up
-    n,tensors = ranks(),{k: zeros(size, dtype=dtype) for k,(size,dtype) in sizes.items()}
-    times = paired_seconds({k: partial(dist.all_reduce, t) for k,t in tensors.items()}, rounds)
-    return pd.DataFrame({k: 2*(n - 1)/n*t.nbytes/times[k] for k,t in tensors.items()})
-
-# %% ../nbs/61_timing.ipynb #cc5ed5f7
-def _message_sizes(parameters): # name -> (number of elements, dtype)
-    return {'bucket of 1 MB': (2**18, torch.float32),
-            'bucket of 25 MB': (25*2**18, torch.float32),
-            'all gradients': (parameters, torch.float32),
-            'all in half precision': (parameters, torch.float16)}
-
-# %% ../nbs/61_timing.ipynb #4494ab05
-def _free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-def _run_rank(k, n, port, path, sizes, rounds, device): # the first writes `path`
-    os.environ.update(RANK=str(k), LOCAL_RANK=str(k), WORLD_SIZE=str(n), LOCAL_WORLD_SIZE=str(n),
-                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    rates = link_rates(sizes, rounds, join(device))
-    if is_main(): rates.to_json(path, double_precision=15)
-    leave()
-
-# %% ../nbs/61_timing.ipynb #ed56b180
-def _start_ranks(n, sizes, rounds, device): # `link_rates` of the first of n new processes
-    from resnet_nbdev.timing import _run_rank # of the module: they cannot find that of a notebook
-    with tempfile.TemporaryDirectory() as tmp:
-        args = n, _free_port(), f'{tmp}/rates.json', sizes, rounds, device
-        torch.multiprocessing.spawn(_run_rank, args, nprocs=n)
-        return pd.read_json(f'{tmp}/rates.json')
-
-# %% ../nbs/61_timing.ipynb #88aff1a9
-def allreduce_bench(
-    parameters:int, # of the network whose gradients are added
-    rounds:int=20, # see `in_turns`
-    device='cpu' # 'cpu': two processes; 'cuda': one for each GPU of this machine
-) -> tuple: # (number of processes, bytes/s as in `link_rates`)
-    "All-reduce of gradients, by the processes of a launcher or by some that are started here"
-    check_counts(parameters=parameters, rounds=rounds)
-    load_accelerate()
-    sizes,kind = _message_sizes(parameters),torch.device(device).type
-    if ranks() > 1:
-        rates = link_rates(sizes, rounds, join(device))
-        leave()
-        return ranks(), rates
-    n = 2 if kind == 'cpu' else torch.cuda.device_count()
-    if n < 2: raise InputError('a sum over processes needs two GPUs, and this machine has one')
-    return n, _start_ranks(n, sizes, rounds, kind)
-
-# %% ../nbs/61_timing.ipynb #0ae16da3
-def epoch_cost(
-    gpus:list, # numbers of GPUs
-    *,
-    rate:float, # images/s of one of them on a batch that lies ready: `resnet_bench train`
-    link:float, # bytes/s between two of them in an all-reduce: `resnet_bench allreduce`
-    loader:float, # images/s of the loader of one machine: `resnet_bench train`, resident alone
-    parameters:int, # of the network
-    bs:int, # images in a batch of one GPU
-    per_machine:int=8, # GPUs in one machine
-    width:int=4, # bytes of a gradient as it is sent: 4, or 2 in half precision
-    images:int=1_281_167 # in an epoch; ImageNet's training set
-) -> pd.DataFrame: # seconds: compute, all-reduce, loader, at least, at most; efficiency: a share
-    "The seconds of an epoch, from what was measured on its parts"
-    n = np.asarray(gpus)
-    compute,steps = images/(n*rate),images/(n*bs)
-    allreduce = steps*2*(n - 1)/n*parameters*width/link # of a ring
-    load = images/(loader*np.ceil(n/per_machine))
-    low,high = np.maximum.reduce([compute, allreduce, load]),np.maximum(compute + allreduce, load)
-    columns = {'compute': compute, 'all-reduce': allreduce, 'loader': load, 'at least': low,
-               'at most': high, 'efficiency': compute/high}
-    return pd.DataFrame(columns, index=pd.Index(n, name='GPUs'))
-
-# %% ../nbs/61_timing.ipynb #6c1f71a7
+# %% ../nbs/61_timing.ipynb #f575e030
 def _training_step(model, run, x, y): # a function; `run` is the model, perhaps compiled
     opt = torch.optim.SGD(model.parameters(), 1e-3)
     def step():
@@ -367,14 +283,14 @@ def _training_step(model, run, x, y): # a function; `run` is the model, perhaps 
         opt.step()
     return step
 
-# %% ../nbs/61_timing.ipynb #f6406b8f
+# %% ../nbs/61_timing.ipynb #07951416
 def _seconds_of_first(step):
     try: return _seconds(step)
     except RuntimeError as e:
         message = str(e).strip().splitlines()[0]
         raise InputError(f'torch.compile does not work here ({message})') from e
 
-# %% ../nbs/61_timing.ipynb #7f824ab9
+# %% ../nbs/61_timing.ipynb #2ab45e0e
 def compile_bench(
     arch:str='resnet18', # as in `create_resnet`
     size:int=64, # height and width of the images in pixels
@@ -396,7 +312,7 @@ def compile_bench(
         times = paired_seconds(steps, rounds)
     return first - times['compiled'].median(), times
 
-# %% ../nbs/61_timing.ipynb #34c092ec
+# %% ../nbs/61_timing.ipynb #23ca705b
 def break_even(
     seconds:float, # of compiling
     saved:float # seconds that each step is shorter

@@ -2,15 +2,20 @@
 import pytest
 import timm
 import torch
-from resnet_nbdev.agreement import (compare_networks, imagenette_photos, logits_of, operations, stride_logits,
-                                    top_accuracy)
+from resnet_nbdev.agreement import (
+    compare_networks,
+    imagenette_photos,
+    logits_of,
+    operations,
+    stride_logits,
+    top_accuracy,
+)
 from resnet_nbdev.resnet import ARCHS, create_resnet, resnet50
 from resnet_nbdev.weights import load_weights, torchvision_state
 from torchvision import models
 
 from conftest import extract_photos, randomised, shared_file
 from test_resnet import PARAMETERS
-
 
 
 def deep_are_slow(names): # as they take most of the time

@@ -389,3 +389,13 @@ def test_digits_to_985_in_a_minute(tmp_path):
     print(f"accuracy {metrics['last']['accuracy']:.4f} after {metrics['seconds']:.0f} s")
     assert metrics['last']['accuracy'] >= 0.985
     assert used() - before <= 120
+
+
+@pytest.mark.parametrize('args', [['--help'], ['digits', '--epochz', '3']], ids=['help', 'wrong flag'])
+def test_help_answers_at_once(args, tmp_path):
+    "In half a second of processor time: PyTorch is not imported for it"
+    before = os.times()
+    done = run_command('resnet_fine_tune', *args, cwd=tmp_path)
+    after = os.times()
+    assert done.returncode == (0 if '--help' in args else 2) and 'Traceback' not in done.stderr
+    assert after.children_user + after.children_system - before.children_user - before.children_system <= 0.5

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 import pytest
+
 from conftest import ROOT
 
 for o in ('nbdev', 'sphinx', 'myst_nb', 'sphinx_book_theme', 'bs4'):
@@ -108,7 +109,7 @@ def test_links_to_the_repository(pages, docs):
     tracked = tracked or {o.relative_to(ROOT).as_posix() for o in ROOT.rglob('*') if o.is_file()}
     own = f'{docs.cfg["user"]}/{docs.cfg["repo"]}'
     pattern = re.compile(r'https://(github\.com|colab\.research\.google\.com/github)'
-                         rf'/{own}/(blob|edit)/([^/]+)/([^#?]+)(?:#L(\d+)-L(\d+))?')
+                         rf'/{own}/(blob|edit)/([^/]+)/([^#?]+)(?:#L(\d+)-L(\d+)|#[a-z-]+)?')
     colab = set()
     for page, soup in pages.items():
         for a in soup.find_all('a', href=True):

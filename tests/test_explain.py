@@ -11,8 +11,21 @@ from fastai.vision.all import Learner
 from resnet_nbdev.blocks import BLOCKS, BottleneckBlock, PlainBlock, PreActBlock, ResBlock
 from resnet_nbdev.core import InputError
 from resnet_nbdev.data import get_data
-from resnet_nbdev.explain import (delete_blocks, embed, feature_maps, features, filtered, grad_cam, gradient_flow,
-                                  overlay, plot_embedding, plot_filters, plot_maps, residual_blocks, without_block)
+from resnet_nbdev.explain import (
+    delete_blocks,
+    embed,
+    feature_maps,
+    features,
+    filtered,
+    grad_cam,
+    gradient_flow,
+    overlay,
+    plot_embedding,
+    plot_filters,
+    plot_maps,
+    residual_blocks,
+    without_block,
+)
 from resnet_nbdev.learner import resnet_learner
 from resnet_nbdev.networks import custom_resnet
 from resnet_nbdev.predictions import class_table, confident_errors, plot_confusion, predictions, show_predictions

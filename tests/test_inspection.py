@@ -42,7 +42,7 @@ def test_check_finds_each_kind_of_problem(folder):
     assert 'JPEG' in details[place('train', 'cat', 'jpeg.png')]
     assert place('train', 'cat', '2.png') in details[place('val', 'cat', 'leak.png')]
     assert details[place('train', 'cat', 'empty.png')] == 'empty'
-    for o in problems.itertuples(): assert f'{folder}/{o.split}/{getattr(o, "_2")}/' in o.file
+    for o in problems.itertuples(): assert f'{folder}/{o.split}/{o._2}/' in o.file
     assert counts.to_dict() == dict(train=dict(cat=8 + 5, dog=8 + 1), val=dict(cat=4 + 1, dog=4 + 1)), 'readable ones'
 
 

@@ -12,8 +12,21 @@ from resnet_nbdev.layouts import read_idx, read_images
 from scipy.io import loadmat, savemat
 
 from conftest import make_folder, png, refuses
-from small_sets import (CIFAR_NAMES, ENGLISH, LABELS, SHARED, WNIDS, archive_of, cifar_files, cub_files, idx,
-                        load_small, mnist_files, raw_mnist, write_files)
+from small_sets import (
+    CIFAR_NAMES,
+    ENGLISH,
+    LABELS,
+    SHARED,
+    WNIDS,
+    archive_of,
+    cifar_files,
+    cub_files,
+    idx,
+    load_small,
+    mnist_files,
+    raw_mnist,
+    write_files,
+)
 
 # the datasets themselves, as far as the shared folder holds them
 

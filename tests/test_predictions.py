@@ -13,8 +13,15 @@ from PIL import Image
 from resnet_nbdev.data import image_loader
 from resnet_nbdev.explain import embed, features, plot_embedding
 from resnet_nbdev.learner import resnet_learner
-from resnet_nbdev.predictions import (class_table, confident_errors, confusion, most_confused, plot_confusion,
-                                      predictions, show_predictions)
+from resnet_nbdev.predictions import (
+    class_table,
+    confident_errors,
+    confusion,
+    most_confused,
+    plot_confusion,
+    predictions,
+    show_predictions,
+)
 
 from photos_of_noise import LOADERS, WNIDS, learner
 

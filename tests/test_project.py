@@ -1,5 +1,4 @@
 "The repository is consistent: package, notebooks and README say the same."
-import ast
 import re
 import shutil
 import subprocess
@@ -38,24 +37,6 @@ def test_readme_is_generated(copy):
     r = subprocess.run([sys.executable, '-m', 'tools.readme', '--check'], cwd=copy, capture_output=True, text=True,
                        timeout=120)
     assert r.returncode == 0, r.stderr
-
-
-def rooms():
-    "{module: number of its notebook}"
-    found = {p: re.search(r'#\| ?default_exp (\w+)', p.read_text(encoding='utf-8')) for p in root.glob('nbs/[0-9]*.ipynb')}
-    return {m[1]: p.stem.split('_')[0] for p, m in found.items() if m}
-
-
-def test_a_room_imports_from_lower_numbers():
-    "And by relative imports, where nbdev can make them so: outside of functions"
-    number, wrong = rooms(), []
-    for name in number:
-        tree = ast.parse((root/'resnet_nbdev'/f'{name}.py').read_text(encoding='utf-8'))
-        for node in [o for o in ast.walk(tree) if isinstance(o, ast.ImportFrom)]:
-            package, _, other = (node.module or '').rpartition('resnet_nbdev.')
-            if package or not (node.level or node.module.startswith('resnet_nbdev')) or other not in number: continue
-            if number[other] > number[name] or not node.level and node in tree.body: wrong.append(f'{name} from {other}')
-    assert wrong == []
 
 
 def test_lines_fit():

@@ -16,8 +16,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import (Callback, ClassificationInterpretation, CutMix, MixUp, PILImage, Rotate,
-                               ShortEpochCallback, TensorImage, imagenet_stats, load_learner, set_seed)
+from fastai.vision.all import (
+    Callback,
+    ClassificationInterpretation,
+    CutMix,
+    MixUp,
+    PILImage,
+    Rotate,
+    ShortEpochCallback,
+    TensorImage,
+    imagenet_stats,
+    load_learner,
+    set_seed,
+)
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from resnet_nbdev import resident

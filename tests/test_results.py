@@ -8,10 +8,22 @@ import zipfile
 
 import pytest
 import resnet_nbdev
-from conftest import ROOT
 from resnet_nbdev.core import InputError
-from resnet_nbdev.results import (changed_since, fingerprint, has_result, load_result, missing_conditions,
-                                  quote_matches, resolve_pointer, result_states, results_folder, results_used, wrong_quotes)
+from resnet_nbdev.results import (
+    changed_since,
+    fingerprint,
+    has_result,
+    load_result,
+    missing_conditions,
+    quote_matches,
+    resolve_pointer,
+    result_states,
+    results_folder,
+    results_used,
+    wrong_quotes,
+)
+
+from conftest import ROOT
 
 nbformat = pytest.importorskip('nbformat', reason='a development tool, not installed beside the wheel')
 FILES = sorted((ROOT/'nbs'/'results').glob('*.json'))
@@ -71,7 +83,7 @@ def test_a_changed_value_is_seen(results):
     before = {p.name for p, _ in script['older_pages']()}
     file = results/'resnet50_strides.json'
     change(file, values={**load_result('resnet50_strides')['values'], 'more': 1})
-    pages = {'famous_errors.ipynb', '60_agreement.ipynb', '62_bench.ipynb'}
+    pages = {'famous_errors.ipynb', '60_agreement.ipynb', '63_bench.ipynb'}
     assert {p.name for p, _ in script['older_pages']()} - before == pages
     change(results/'he2015_table2.json', note='a condition told better')
     assert len([*script['older_pages']()]) == len(before) + 3
@@ -151,7 +163,8 @@ def three(repository):
     "Modules of which the second needs the first, and the third nothing; and their commit"
     folder = repository[0].parent
     sources = {'low': 'SCALE = 2\ndef double(x): return x*SCALE',
-               'high': 'from .low import double\ndef top(x): return double(x)', 'aside': 'def apart(double): return double'}
+               'high': 'from .low import double\ndef top(x): return double(x)',
+               'aside': 'def apart(double): return double'}
     for name, text in sources.items(): (folder/f'{name}.py').write_text(text)
     who = ['-c', 'user.name=a', '-c', 'user.email=a@example.org']
     run = lambda *args: subprocess.run(['git', *who, *args], cwd=folder, capture_output=True, text=True,

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from fastai.vision.all import fastai_path, set_seed
+from resnet_nbdev.catalogue import data_path
 from resnet_nbdev.data import image_loader
 from resnet_nbdev.runs import compare_runs, load_run, predict
 
@@ -258,3 +259,24 @@ def test_address_without_a_picture(web, digits_run):
 def test_address_that_breaks_off(web, digits_run):
     web.pages['cut.png'] = b'\x89PNG', 1000
     refuses([f'{web.url}cut.png could not be fetched'], predict, digits_run, f'{web.url}cut.png', allow_private=True)
+
+
+OLDER = Path(__file__).parent/'fixtures'/'run_0_1_0'  # trained with version 0.1.0 before its rooms were rebuilt
+
+
+def test_a_run_of_an_older_version_predicts():
+    "Its config.json has older names for what it has; its answers are those that it gave then"
+    assert 'made' in json.loads((OLDER/'config.json').read_text()), 'the fixture is no older run'
+    model, config = load_run(OLDER)
+    assert config['learner']['plan']['lr_mult'] == 100 and 'made' not in config and not model.training
+    then = json.loads((OLDER/'expected.json').read_text())
+    images = [data_path('digits')/'val'/o for o in then]
+    now = predict(OLDER, images, k=1)
+    assert now['class'].tolist() == [o for o, _ in then.values()]
+    np.testing.assert_allclose(now.probability, [p for _, p in then.values()], atol=1e-4)
+
+
+def test_a_run_of_an_older_version_is_compared():
+    table, fig = compare_runs(OLDER)
+    plt.close(fig)
+    assert table.loc['run_0_1_0', ['weights', 'status']].tolist() == ['none', 'finished']

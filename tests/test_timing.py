@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
-from resnet_nbdev.timing import break_even, epoch_cost, in_turns, paired_seconds, quartiles, ratio
+from resnet_nbdev.timing import break_even, in_turns, paired_seconds, quartiles, ratio
 
 from conftest import refuses
 
@@ -30,15 +30,6 @@ def test_ratio_within_each_round():
 def test_seconds_are_those_of_the_call():
     times = paired_seconds(dict(none=lambda: None, more=lambda: sum(range(200_000))), 5)
     assert times.shape == (5, 2) and (times > 0).all(axis=None) and (times.more > times.none).all()
-
-
-def test_cost_of_an_epoch():
-    "One GPU sends nothing; of several, no more is gained than the slowest part allows"
-    table = epoch_cost([1, 2, 16], rate=1000, link=1e9, loader=3000, parameters=25_000_000, bs=100, images=60_000)
-    assert table['all-reduce'][1] == 0 and table.compute.tolist() == [60, 30, 3.75]
-    assert table.loader.tolist() == [20, 20, 10]
-    assert (table['at least'] <= table['at most']).all()
-    assert table.efficiency[1] == 1 and table.efficiency.is_monotonic_decreasing
 
 
 @pytest.mark.parametrize('seconds, saved, steps', [(10, 1, 10), (10, 3, 4), (10, 0, None), (10, -1, None)])

@@ -28,8 +28,24 @@ from resnet_nbdev.training import fine_tune
 from safetensors.torch import load_file
 
 from conftest import SMALL
-from forked import (BASE, DAMAGE, STOCK, UNPRIVILEGED, check_same, check_whole, epoch_of, flags, go_on, history, names,
-                    plain_pickle, read, sentence, snapshot, torch_pickle)
+from forked import (
+    BASE,
+    DAMAGE,
+    STOCK,
+    UNPRIVILEGED,
+    check_same,
+    check_whole,
+    epoch_of,
+    flags,
+    go_on,
+    history,
+    names,
+    plain_pickle,
+    read,
+    sentence,
+    snapshot,
+    torch_pickle,
+)
 from toys import config_of
 
 # killed

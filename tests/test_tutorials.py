@@ -7,8 +7,9 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT, environment, extract_photos, imagenette_zip, shared_file
 from resnet_nbdev.results import missing_conditions
+
+from conftest import ROOT, environment, extract_photos, imagenette_zip, shared_file
 
 pytest.importorskip('nbconvert', reason='a development tool, not installed beside the wheel')
 PAGES = sorted(o.name for o in (ROOT/'nbs'/'tutorials').glob('*.ipynb'))

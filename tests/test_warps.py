@@ -7,8 +7,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import (AffineCoordTfm, Brightness, Contrast, Dihedral, LightingTfm, RandomResizedCropGPU,
-                               Rotate, TensorImage, Warp, Zoom, dihedral_mat, imagenet_stats, set_seed, setup_aug_tfms)
+from fastai.vision.all import (
+    AffineCoordTfm,
+    Brightness,
+    Contrast,
+    Dihedral,
+    LightingTfm,
+    RandomResizedCropGPU,
+    Rotate,
+    TensorImage,
+    Warp,
+    Zoom,
+    dihedral_mat,
+    imagenet_stats,
+    set_seed,
+    setup_aug_tfms,
+)
 from resnet_nbdev.augment import fix_augment, image_tfms
 from resnet_nbdev.catalogue import PLAIN
 from resnet_nbdev.warps import draw_augment, homographies, lookup_tables, shrink_to, warp_cv2, warp_torch

@@ -9,8 +9,7 @@ import nbformat
 from nbconvert import MarkdownExporter
 from nbformat.v4 import new_markdown_cell
 
-from .site.build import DECADES
-from .site.notebooks import annotated, title_of
+from .site.notebooks import DECADES, annotated, title_of
 
 root = Path(__file__).resolve().parents[1]
 INDEX = root/'nbs/index.ipynb'

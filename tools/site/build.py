@@ -10,23 +10,23 @@ import shutil
 import sys
 import tempfile
 from configparser import ConfigParser
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
 from nbformat.v4 import new_markdown_cell
 
+if not find_spec('sphinx'):
+    sys.exit('Sphinx is not installed: it needs Python 3.11 or newer (make docs PYTHON=python3.12)')
+
 from .gallery import gallery_page
 from .markdown import llms_txt, local_links, notebook_markdown, without_myst
 from .measured import figure_links, measured_page, read_results
-from .notebooks import annotated, prose_only, read_page, title_of
+from .notebooks import DECADES, annotated, prose_only, read_page, title_of
 from .reference import Module, name_links
 
 root = Path(__file__).resolve().parents[2]
 nbs = root/'nbs'
-# Parts of the sidebar: tutorials and labs in the order in which nbs/index.ipynb links them, then the library in the
-# order of its numbers, where a decade is a part
-DECADES = {0: 'Networks', 1: 'Data', 2: 'Training', 3: 'Runs', 4: 'After training', 5: 'Commands', 6: 'Measuring',
-           9: 'All of it'}
 
 
 def settings():
@@ -61,8 +61,9 @@ class Page:
         "Links to files of the repository that the site does not have"
         def linked(m):
             path = (self.path.parent/m[1]).resolve()
-            return f']({blob}/{path.relative_to(root)})' if path.is_file() and not path.is_relative_to(nbs) else m[0]
-        return re.sub(r'\]\((?!https?:)([^)#\s]+)\)', linked, text)
+            if not path.is_file() or path.is_relative_to(nbs): return m[0]
+            return f']({blob}/{path.relative_to(root)}{m[2] or ""})'
+        return re.sub(r'\]\((?!https?:)([^)#\s]+)(#[^)\s]*)?\)', linked, text)
 
     def place(self, cell): return f'cell-{self.base}-{cell.id}'.lower()
 
@@ -161,9 +162,7 @@ def write_sources(src, groups, pages, results):
 
 
 def run_sphinx(src, out, tmp):
-    try:
-        from sphinx.cmd.build import main
-    except ImportError: sys.exit('Sphinx is not installed: it needs Python 3.11 or newer (make docs PYTHON=python3.12)')
+    from sphinx.cmd.build import main
     name = dict(project=cfg['lib_name'], html_title=cfg['lib_name'], release=cfg['version'], author=cfg['author'],
                 copyright=cfg['copyright'], html_baseurl=f'https://{cfg["user"]}.github.io/{cfg["repo"]}/')
     theme = dict(repository_url=github, repository_branch=cfg['branch'])

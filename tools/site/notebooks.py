@@ -6,6 +6,10 @@ from execnb.nbio import nb2str
 from nbdev.process import NBProcessor
 from nbdev.processors import filter_stream_, hide_, hide_line, rm_header_dash, strip_ansi, strip_hidden_metadata
 
+# Parts of the sidebar and of the index after tutorials and labs: the library in the order of its numbers, by decades
+DECADES = {0: 'Networks', 1: 'Data', 2: 'Training', 3: 'Runs', 4: 'After training', 5: 'Commands', 6: 'Measuring',
+           9: 'All of it'}
+
 
 def default_exp_(cell, *_): del cell['source']
 
