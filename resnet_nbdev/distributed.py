@@ -6,7 +6,7 @@
 __all__ = ['PATIENCE', 'RULES', 'ranks', 'rank', 'is_main', 'load_accelerate', 'join', 'leave', 'gather', 'agree', 'alone',
            'shard', 'unwrap_ddp', 'Ranks', 'together', 'scaled_lr', 'lost_peer']
 
-# %% ../nbs/21_distributed.ipynb #ab7bb121
+# %% ../nbs/21_distributed.ipynb #43f83ac6
 import math, os, random, re, warnings, zlib
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -46,7 +46,7 @@ def load_accelerate(): # the module; importing this page does not need it
                          "'resnet_nbdev[distributed]'") from None
     return accelerate
 
-# %% ../nbs/21_distributed.ipynb #0d67aad3
+# %% ../nbs/21_distributed.ipynb #ed7e9d33
 def _check_device(device, local_rank):
     if device.type not in ('cpu', 'cuda'):
         raise InputError(f'several processes train on GPUs (cuda) or on the CPU, not on {device}')
@@ -58,10 +58,9 @@ def _check_device(device, local_rank):
         raise InputError(f'this machine has {n} GPUs, and more than {n} processes were '
                          'started on it')
 
-# %% ../nbs/21_distributed.ipynb #5c2c32f6
+# %% ../nbs/21_distributed.ipynb #59b9e38e
 PATIENCE = 60 # seconds that a rank waits for another one in a step, a validation or a write
 
-# %% ../nbs/21_distributed.ipynb #06ea6991
 def _start_group(device):
     on_cpu = device.type == 'cpu'
     # else it would choose a GPU that is there
@@ -74,7 +73,7 @@ def _start_group(device):
             raise InputError(f'the {ranks()} processes did not find each other '
                              f'({str(e).splitlines()[0]})') from e
 
-# %% ../nbs/21_distributed.ipynb #7d4e0471
+# %% ../nbs/21_distributed.ipynb #7addb869
 def join(
     device=None # 'cpu' or 'cuda'; None: CUDA where it is there
 ) -> torch.device: # to work on: the GPU with this process's number on the machine, or the CPU
@@ -114,7 +113,7 @@ def gather(
     dist.all_gather_object(found, o)
     return found
 
-# %% ../nbs/21_distributed.ipynb #89595480
+# %% ../nbs/21_distributed.ipynb #9a482652
 def _device(): # of what is sent
     return torch.device('cuda' if dist.get_backend() == 'nccl' else 'cpu')
 
@@ -129,13 +128,13 @@ def agree(
     dist.all_reduce(t, dist.ReduceOp.MAX)
     return bool(t.item())
 
-# %% ../nbs/21_distributed.ipynb #540ce03d
+# %% ../nbs/21_distributed.ipynb #234ea2f4
 def _averaged(t): # over the ranks
     sent = t.to(_device(), copy=True)
     dist.all_reduce(sent)
     return (sent/ranks()).to(t.device)
 
-# %% ../nbs/21_distributed.ipynb #db484e08
+# %% ../nbs/21_distributed.ipynb #2d76e8c4
 @contextmanager
 def alone():
     "For what one rank does by itself: fastai would wait for the others in every batch"
@@ -145,12 +144,12 @@ def alone():
     finally:
         if before: os.environ['WORLD_SIZE'] = before
 
-# %% ../nbs/21_distributed.ipynb #fdeb0863
+# %% ../nbs/21_distributed.ipynb #8fceb7ea
 def _part_bounds(n, part):
     k,parts = part
     return k*n//parts,(k + 1)*n//parts
 
-# %% ../nbs/21_distributed.ipynb #e2b21a32
+# %% ../nbs/21_distributed.ipynb #ab436b2b
 class _Part: # goes before a loader's own class
     def get_idxs(self):
         order = list(super().get_idxs())
@@ -171,7 +170,7 @@ class _Part: # goes before a loader's own class
 @cache
 def _part_of(cls): return type(f'{cls.__name__}Part', (_Part, cls), {})
 
-# %% ../nbs/21_distributed.ipynb #69bd2e05
+# %% ../nbs/21_distributed.ipynb #2855c261
 def _copy_as_part(dl, part, steps):
     o,fake = copy(dl),dl.fake_l
     o.__class__,o.whole = _part_of(type(dl)),type(dl)
@@ -182,7 +181,7 @@ def _copy_as_part(dl, part, steps):
                            fake.persistent_workers, fake.pin_memory_device)
     return o
 
-# %% ../nbs/21_distributed.ipynb #b5db6411
+# %% ../nbs/21_distributed.ipynb #f3f6aa30
 def shard(
     dl:TfmdDL, # a loader of all images, which is left as it is
     train:bool|None=None, # the same number of full batches for each rank; None: if `dl` shuffles
@@ -203,38 +202,38 @@ def unwrap_ddp(model:nn.Module) -> nn.Module:
     "The network itself, without the wrapper for several processes"
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
-# %% ../nbs/21_distributed.ipynb #2e3a8b8c
+# %% ../nbs/21_distributed.ipynb #9307c723
 def _accelerator():
     accelerate = load_accelerate()
     keep_buffers = accelerate.DistributedDataParallelKwargs(broadcast_buffers=False)
     return accelerate.Accelerator(kwargs_handlers=[keep_buffers], mixed_precision='no')
 
-# %% ../nbs/21_distributed.ipynb #6f94bb41
+# %% ../nbs/21_distributed.ipynb #db51eed0
 def _check_order(dl):
     if len(set(gather(getattr(dl, 'drawn', None)))) > 1:
         raise InputError('the processes drew different orders of the training images: give them '
                          'one seed, and draw the order from the generator of the loader')
 
-# %% ../nbs/21_distributed.ipynb #fd078102
+# %% ../nbs/21_distributed.ipynb #35f5f138
 def _synchronise_norms(model): # in place; what was replaced: (parent, name, layer)
     replaced = [(parent, name, layer) for parent in model.modules()
                 for name,layer in parent.named_children() if isinstance(layer, _BatchNorm)]
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return replaced
 
-# %% ../nbs/21_distributed.ipynb #449ba35d
+# %% ../nbs/21_distributed.ipynb #bcf9f381
 def _restore_norms(replaced):
     for parent,name,layer in replaced:
         setattr(parent, name, layer.train(getattr(parent, name).training))
 
-# %% ../nbs/21_distributed.ipynb #b23955e5
+# %% ../nbs/21_distributed.ipynb #0b781971
 class _AverageGradients(Callback):
     order = 11 # after the model has its device, before the recorder reads a figure
     def __init__(self, sync_bn=False):
         _joined()
-        self.accelerator = _accelerator()
         if sync_bn and _device().type == 'cpu':
             raise InputError('synchronised batch norm needs GPUs: PyTorch has it for CUDA only')
+        self.accelerator = _accelerator()
         self.sync_bn,self.wrapped,self.plain,self.replaced = sync_bn,None,None,[]
 
     def wrap(self):
@@ -261,18 +260,18 @@ class _AverageGradients(Callback):
         self.accelerator.free_memory()
     def after_fit(self): self.unwrap()
 
-# %% ../nbs/21_distributed.ipynb #d9ff15a9
+# %% ../nbs/21_distributed.ipynb #9083e3c3
 def _statistics(model): # of batch norm
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     return [t for m in layers for t in (m.running_mean, m.running_var) if t is not None]
 
-# %% ../nbs/21_distributed.ipynb #3d2c486f
+# %% ../nbs/21_distributed.ipynb #3ba73fb2
 def _average_statistics(model):
     if not (statistics := _statistics(model)): return
     mean = _averaged(torch.cat([t.flatten() for t in statistics]))
     for t,o in zip(statistics, mean.split([t.numel() for t in statistics])): t.copy_(o.view_as(t))
 
-# %% ../nbs/21_distributed.ipynb #8215afef
+# %% ../nbs/21_distributed.ipynb #9ac644a3
 def _summed(metrics): # over the ranks, in one message
     names = [('preds', 'targs') if isinstance(m, AccumMetric) else ('total', 'count')
              for m in metrics]
@@ -280,13 +279,13 @@ def _summed(metrics): # over the ranks, in one message
     for m,ks,*parts in zip(metrics, names, *found):
         for k,values in zip(ks, zip(*parts)): setattr(m, k, reduce(add, values))
 
-# %% ../nbs/21_distributed.ipynb #942d9c70
+# %% ../nbs/21_distributed.ipynb #a27b8c8a
 def _check_metrics(metrics):
     for m in metrics:
         if not isinstance(m, (AvgMetric, AvgLoss, AccumMetric)):
             raise InputError(f'the metric {m.name} cannot be put together from several processes')
 
-# %% ../nbs/21_distributed.ipynb #02f5ca73
+# %% ../nbs/21_distributed.ipynb #e300f878
 class Ranks(_AverageGradients):
     "Average gradients in each step, batch-norm statistics and metrics after each epoch"
     def __init__(self,
@@ -305,17 +304,16 @@ class Ranks(_AverageGradients):
         is_part = isinstance(self.learn.dl, _Part)
         if is_part and hasattr(self.learn, 'recorder'): _summed(self.learn.recorder._valid_mets)
 
-# %% ../nbs/21_distributed.ipynb #852dd9c6
+# %% ../nbs/21_distributed.ipynb #8dbab07c
 _meetings = count()
 
-# %% ../nbs/21_distributed.ipynb #314fa2d2
 def _meet():
     store = dist.distributed_c10d._get_default_store()
     key = f'resnet_nbdev/{next(_meetings)}'
     if store.add(key, 1) == ranks(): store.set(f'{key}/all', '1')
     store.wait([f'{key}/all'], timedelta(hours=6))
 
-# %% ../nbs/21_distributed.ipynb #5443d532
+# %% ../nbs/21_distributed.ipynb #e9bd78ba
 def _divide(loaders): # the first is for training
     parts = [shard(o, train=not i) for i,o in enumerate(loaders)]
     _meet()
@@ -323,7 +321,7 @@ def _divide(loaders): # the first is for training
     for o,state in zip(parts, states): o.rng.setstate(state)
     return parts
 
-# %% ../nbs/21_distributed.ipynb #e3feadb8
+# %% ../nbs/21_distributed.ipynb #1ff44b26
 def _own_random():
     seed = random.getrandbits(31)
     if is_main(): return
@@ -331,7 +329,7 @@ def _own_random():
     np.random.seed(seed + rank())
     torch.manual_seed(seed + rank())
 
-# %% ../nbs/21_distributed.ipynb #c77f3e5c
+# %% ../nbs/21_distributed.ipynb #a786c939
 @contextmanager
 def _with_parts(learn, parts):
     whole,learn.dls.loaders = list(learn.dls.loaders),parts
@@ -342,7 +340,7 @@ def _with_parts(learn, parts):
         learn.dls.loaders = whole
         for o,part in zip(whole, parts): o.rng = part.rng
 
-# %% ../nbs/21_distributed.ipynb #92dc6732
+# %% ../nbs/21_distributed.ipynb #98317bfe
 @contextmanager
 def _only_main_reports(learn):
     with ExitStack() as stack:
@@ -351,7 +349,7 @@ def _only_main_reports(learn):
             stack.enter_context(learn.no_logging())
         yield
 
-# %% ../nbs/21_distributed.ipynb #fd6e4ee0
+# %% ../nbs/21_distributed.ipynb #6d2627fa
 @contextmanager
 def together(
     learn:Learner, # on the device from `join`; its loaders are divided, once for all fits
@@ -370,10 +368,9 @@ def together(
             cb.unwrap()
             learn.remove_cb(cb)
 
-# %% ../nbs/21_distributed.ipynb #9ea2eb2d
+# %% ../nbs/21_distributed.ipynb #61739762
 RULES = dict(none=lambda n: 1, linear=lambda n: n, sqrt=math.sqrt)
 
-# %% ../nbs/21_distributed.ipynb #5ce94da1
 def scaled_lr(
     lr:float, # that suits one process
     n:int, # processes, each with the batch size of that one
@@ -388,7 +385,7 @@ def scaled_lr(
 _LOST = re.compile('gloo.*(by peer|broken pipe|timed out|connect)|'
                    'nccl.*(remote ?error|remote process|abort|timeout|timed out)', re.I | re.S)
 
-# %% ../nbs/21_distributed.ipynb #959bfc04
+# %% ../nbs/21_distributed.ipynb #55cba27f
 def lost_peer(
     e:BaseException|None # that training has raised
 ) -> bool:

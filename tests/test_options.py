@@ -94,7 +94,8 @@ def test_data_options_refuse(kw, says):
 
 @pytest.mark.parametrize('kw, says', [
     (dict(ema=1), 'ema must be at least 0 and below 1, and is 1'), (dict(mixup=float('inf')), 'mixup must be'),
-    (dict(opt='sdg'), "unknown optimizer 'sdg': it is one of adam, sgd"), (dict(mixup=.1, cutmix=.1), 'choose one of them'),
-    (dict(progressive=(96, 0)), 'progressive must be whole numbers'), (dict(precision='int8'), "unknown precision 'int8'")])
+    (dict(opt='sdg'), "unknown optimizer 'sdg': it is one of adam, sgd"),
+    (dict(mixup=.1, cutmix=.1), 'choose one of them'), (dict(precision='int8'), "unknown precision 'int8'"),
+    (dict(progressive=(96, 0)), 'progressive must be whole numbers')])
 def test_tool_options_refuse(kw, says):
     with pytest.raises(InputError, match=says): ToolOptions(**kw)

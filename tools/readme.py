@@ -1,5 +1,5 @@
-"""Bring the table of pages in nbs/index.ipynb up to date, then write README.md as the Markdown of that notebook, and its
-pictures to nbs/images; with --check only say whether all are up to date."""
+"""Bring the table of pages in nbs/index.ipynb up to date, then write README.md as the Markdown of that notebook, and
+its pictures to nbs/images; with --check only say whether all are up to date."""
 import base64
 import re
 import sys
@@ -13,7 +13,7 @@ from .site.notebooks import DECADES, annotated, title_of
 
 root = Path(__file__).resolve().parents[1]
 INDEX = root/'nbs/index.ipynb'
-TABLE = '| page | module | what it is about |\n|---|---|---|\n'  # the cell of the index that begins so is made from the pages
+TABLE = '| page | module | what it is about |\n|---|---|---|\n'  # a cell of the index that is made from the pages
 
 
 def directives(cell): return [l for l in cell.source.splitlines() if l.startswith('#|')]

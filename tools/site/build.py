@@ -167,8 +167,8 @@ def run_sphinx(src, out, tmp):
                 copyright=cfg['copyright'], html_baseurl=f'https://{cfg["user"]}.github.io/{cfg["repo"]}/')
     theme = dict(repository_url=github, repository_branch=cfg['branch'])
     more = [f'-D{k}={v}' for k, v in name.items()] + [f'-Dhtml_theme_options.{k}={v}' for k, v in theme.items()]
-    return main(['-q', '-n', '-W', '--keep-going', '-b', 'html', '-c', str(Path(__file__).parent), '-d', str(tmp), *more,
-                 str(src), str(out)])
+    return main(['-q', '-n', '-W', '--keep-going', '-b', 'html', '-c', str(Path(__file__).parent), '-d', str(tmp),
+                 *more, str(src), str(out)])
 
 
 def write_texts(out, groups, pages, made):

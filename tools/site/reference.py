@@ -21,7 +21,8 @@ from .notebooks import escape, prose_only
 def short_names(text): return re.sub(r"<(?:class|function) '?(?:\w+\.)*(\w+)[^>]*>", r'\1', text)
 
 
-def type_text(annotation): return '' if annotation is empty else stringify_annotation(annotation, 'smart').replace('~', '')
+def type_text(annotation):
+    return '' if annotation is empty else stringify_annotation(annotation, 'smart').replace('~', '')
 
 
 def default_text(default): return '' if default is empty else short_names(object_description(default))
