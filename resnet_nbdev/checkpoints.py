@@ -17,23 +17,39 @@ from safetensors.torch import save
 from .core import InputError
 from .distributed import unwrap_ddp
 
-# %% ../nbs/30_checkpoints.ipynb #b1cfe8cb
-def flatten_state(o, tensors:dict, at:str='') -> object: # a value for JSON; tensors and arrays are moved into `tensors`
-    "Dictionaries, lists, tuples, numbers, texts, tensors and arrays as JSON and tensors"
+# %% ../nbs/30_checkpoints.ipynb #8599ba84
+_PLAIN = bool, int, float, str # what JSON has
+
+# %% ../nbs/30_checkpoints.ipynb #b289ec41
+def _as_tensor(o): # None for what is no array of numbers
+    if isinstance(o, torch.Tensor): return o
+    try: return torch.from_numpy(np.array(o, order='C')) if isinstance(o, np.ndarray) else None
+    except TypeError: return None # an array of texts or objects
+
+# %% ../nbs/30_checkpoints.ipynb #747866ba
+def _take_out(o, t, tensors, at): # moves a tensor into `tensors`, and leaves its name
+    name = f'{len(tensors)}{at}' # the number, because a key may have dots in it
+    t = t.detach().cpu().as_subclass(torch.Tensor)
+    tensors[name] = t.clone(memory_format=torch.contiguous_format)
+    return {'array' if isinstance(o, np.ndarray) else 'tensor': name}
+
+# %% ../nbs/30_checkpoints.ipynb #e5ddb1ba
+def flatten_state(
+    o, # of dictionaries, lists, tuples, numbers, texts, tensors and arrays
+    tensors:dict, # tensors and arrays are moved here
+    at:str='' # where in the whole value `o` stands
+) -> object: # a value for JSON
+    "A nested value without its tensors"
     if isinstance(o, np.generic): o = o.item()
-    if o is None or isinstance(o, (bool, int, float, str)): return o
-    try: t = torch.from_numpy(np.array(o, order='C')) if isinstance(o, np.ndarray) else o
-    except TypeError: t = None # an array of texts or objects
-    if isinstance(t, torch.Tensor):
-        name = f'{len(tensors)}{at}' # the number, because a key may have dots in it
-        tensors[name] = t.detach().cpu().as_subclass(torch.Tensor).clone(memory_format=torch.contiguous_format)
-        return {'array' if isinstance(o, np.ndarray) else 'tensor': name}
-    if isinstance(o, dict) and all(k is None or isinstance(k, (bool, int, float, str)) for k in o):
+    if o is None or isinstance(o, _PLAIN): return o
+    if (t := _as_tensor(o)) is not None: return _take_out(o, t, tensors, at)
+    if isinstance(o, dict) and all(k is None or isinstance(k, _PLAIN) for k in o):
         return {'dict': [[k, flatten_state(v, tensors, f'{at}.{k}')] for k,v in o.items()]}
     if isinstance(o, (list, tuple)) or type(o).__name__ == 'L':
         items = [flatten_state(v, tensors, f'{at}.{i}') for i,v in enumerate(o)]
         return {'tuple': items} if isinstance(o, tuple) else items
-    raise InputError(f'{type(o).__name__} at {at or "the top"} is neither a number nor a tensor, and is not stored')
+    raise InputError(f'{type(o).__name__} at {at or "the top"} is neither a number nor a tensor, '
+                     'and is not stored')
 
 # %% ../nbs/30_checkpoints.ipynb #6698fb56
 def restore_state(o, tensors:dict):
@@ -57,10 +73,10 @@ def tensor_digest(text:str, tensors:dict) -> str: # hexadecimal SHA-256
         h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../nbs/30_checkpoints.ipynb #1f2a0ca7
+# %% ../nbs/30_checkpoints.ipynb #b6153f3e
 def tensor_file(
     tensors:dict, # name -> tensor
-    about:dict # for JSON: what the file tells of itself
+    about:dict # for JSON: what the file says of itself
 ) -> bytes:
     "A safetensors file with a description and a fingerprint in its header"
     tensors = {k: v.detach().cpu().contiguous() for k,v in tensors.items()}
@@ -68,19 +84,21 @@ def tensor_file(
     # a single entry: safetensors writes several in random order
     return save(tensors, metadata={'about': json.dumps({**about, 'sha256': sha})})
 
-# %% ../nbs/30_checkpoints.ipynb #59c3b873
+# %% ../nbs/30_checkpoints.ipynb #e693914b
 def read_tensor_file(
     path:Path # of a file that `tensor_file` made
-) -> tuple: # (tensors, what the file tells of itself)
+) -> tuple: # (tensors, what the file says of itself)
     "The content of a file, or `InputError` if it is not what was written"
     try:
         with safe_open(path, 'pt') as f:
-            about,tensors = json.loads(f.metadata()['about']),{k: f.get_tensor(k) for k in f.keys()}
+            about = json.loads(f.metadata()['about'])
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
         sha = about.pop('sha256')
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        why = 'it does not exist' if isinstance(e, FileNotFoundError) else ' '.join(str(e).split()) or type(e).__name__
-        raise InputError(f'{path} is not a readable .safetensors file: it is no whole file of this project '
-                         f'({why})') from None
+        why = ' '.join(str(e).split()) or type(e).__name__
+        if isinstance(e, FileNotFoundError): why = 'it does not exist'
+        raise InputError(f'{path} is not a readable .safetensors file: it is no whole file of '
+                         f'this project ({why})') from None
     if tensor_digest(json.dumps(about), tensors) != sha:
         raise InputError(f'{path} is damaged: its content is not what was written')
     return tensors, about
@@ -107,77 +125,97 @@ def read_state(path:Path):
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(f'{path} does not hold the state of a training') from None
 
-# %% ../nbs/30_checkpoints.ipynb #ec4f7955
-_MEMORY = {TrackerCallback: ('best', 'new_best'), EarlyStoppingCallback: ('best', 'new_best', 'wait'),
-           ReduceLROnPlateau: ('best', 'new_best', 'wait'), GradientAccumulation: ('count',)}
-
-# %% ../nbs/30_checkpoints.ipynb #5f18ae1e
-def _remembered(cb): # names of what a callback remembers from one epoch to the next
-    return next((names for c in type(cb).__mro__ for kind,names in _MEMORY.items() if c is kind), ())
-
 # %% ../nbs/30_checkpoints.ipynb #5998145f
 def random_state(learn:Learner) -> dict:
     "The state of all random generators, those of the loaders included"
     device = torch.device(learn.dls.device or 'cpu')
-    return dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(),
+    return dict(python=random.getstate(), numpy=np.random.get_state(),
+                torch=torch.get_rng_state(),
                 gpu=torch.cuda.get_rng_state(device) if device.type == 'cuda' else None,
                 loaders=[dl.rng.getstate() for dl in learn.dls.loaders])
 
-# %% ../nbs/30_checkpoints.ipynb #f7d106c5
+# %% ../nbs/30_checkpoints.ipynb #a7b6dfe3
 def set_random_state(learn:Learner, state:dict):
     "Put `random_state` back"
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'])
-    if state['gpu'] is not None: torch.cuda.set_rng_state(state['gpu'], torch.device(learn.dls.device))
+    if state['gpu'] is not None:
+        torch.cuda.set_rng_state(state['gpu'], torch.device(learn.dls.device))
     for dl,o in zip(learn.dls.loaders, state['loaders']): dl.rng.setstate(o)
 
-# %% ../nbs/30_checkpoints.ipynb #5997c4ca
+# %% ../nbs/30_checkpoints.ipynb #ec4f7955
+_MEMORY = {TrackerCallback: ('best', 'new_best'),
+           EarlyStoppingCallback: ('best', 'new_best', 'wait'),
+           ReduceLROnPlateau: ('best', 'new_best', 'wait'), GradientAccumulation: ('count',)}
+
+# %% ../nbs/30_checkpoints.ipynb #7f2dbe6e
+def _remembered(cb): # names of what a callback remembers from one epoch to the next
+    found = (names for c in type(cb).__mro__ for kind,names in _MEMORY.items() if c is kind)
+    return next(found, ())
+
+# %% ../nbs/30_checkpoints.ipynb #7f21e1fc
+def _callback_states(learn): # {name: what it remembers}
+    found = {}
+    for cb in learn.cbs: # hasattr(cb, ...) would ask the learner, too
+        if hasattr(type(cb), 'state_dict'): found[cb.name] = cb.state_dict()
+        elif names := _remembered(cb): found[cb.name] = {k: getattr(cb, k, None) for k in names}
+    return found
+
+# %% ../nbs/30_checkpoints.ipynb #aefed2ea
+def _optimizer_state(opt): # one of PyTorch's in fastai's wrapper, or one of fastai's
+    if isinstance(opt, OptimWrapper): return opt.opt.state_dict()
+    return [opt.state[p] for p,*_ in opt.all_params()]
+
+# %% ../nbs/30_checkpoints.ipynb #28e8cdd6
 def learner_state(learn:Learner) -> dict:
     "The state of a training between two epochs, without its random generators"
-    opt,wrapped = learn.opt,isinstance(learn.opt, OptimWrapper)
-    waiting = any(isinstance(cb, GradientAccumulation) and cb.count for cb in learn.cbs)
-    memory = {}
-    for cb in learn.cbs: # hasattr(cb, ...) would ask the learner, too
-        if hasattr(type(cb), 'state_dict'): memory[cb.name] = cb.state_dict()
-        elif names := _remembered(cb): memory[cb.name] = {k: getattr(cb, k, None) for k in names}
-    smooth,scaler = learn.recorder.smooth_loss,getattr(learn, 'scaler', None)
-    return dict(model=unwrap_ddp(learn.model).state_dict(), callbacks=memory,
-                optimizer=opt.opt.state_dict() if wrapped else [opt.state[p] for p,*_ in opt.all_params()],
-                hypers=[dict(o) for o in opt.hypers],
+    opt,smooth,scaler = learn.opt,learn.recorder.smooth_loss,getattr(learn, 'scaler', None)
+    waits = any(isinstance(cb, GradientAccumulation) and cb.count for cb in learn.cbs)
+    return dict(model=unwrap_ddp(learn.model).state_dict(), callbacks=_callback_states(learn),
+                optimizer=_optimizer_state(opt), hypers=[dict(o) for o in opt.hypers],
                 lookahead=(opt.count, opt.slow_weights) if isinstance(opt, Lookahead) else None,
-                grads=[p.grad for p,*_ in opt.all_params()] if waiting else None,
+                grads=[p.grad for p,*_ in opt.all_params()] if waits else None,
                 scaler=scaler.state_dict() if scaler is not None else None,
                 smooth_loss=dict(val=smooth.val, count=smooth.count))
-
-# %% ../nbs/30_checkpoints.ipynb #cc37aae1
-@torch.no_grad()
-def set_learner_state(learn:Learner, state:dict):
-    "Put `learner_state` back into a learner that was made in the same way"
-    unwrap_ddp(learn.model).to(learn.dls.device or 'cpu').load_state_dict(state['model'])
-    if learn.opt is None: learn.create_opt()
-    opt,found = learn.opt,list(learn.opt.all_params())
-    if isinstance(opt, OptimWrapper): opt.opt.load_state_dict(state['optimizer'])
-    else:
-        for (p,*_),saved in zip(found, state['optimizer'], strict=True):
-            opt.state[p] = {k: _beside(p, v) for k,v in saved.items()}
-    for mine,saved in zip(opt.hypers, state['hypers'], strict=True): mine.update(saved)
-    if isinstance(opt, Lookahead):
-        opt.count,slow = state['lookahead']
-        opt.slow_weights = slow and L(L(_beside(p, v) for p,v in zip(ps, vs)) for ps,vs in zip(opt.param_lists, slow))
-    if state['grads'] is not None:
-        for (p,*_),g in zip(found, state['grads'], strict=True): p.grad = None if g is None else _beside(p, g)
-    if state['scaler'] is not None and getattr(learn, 'scaler', None) is not None:
-        learn.scaler.load_state_dict(state['scaler'])
-    for cb in learn.cbs:
-        if (saved := state['callbacks'].get(cb.name)) is None: continue
-        if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(saved)
-        else:
-            for k,v in saved.items(): setattr(cb, k, v)
-    smooth = learn.recorder.smooth_loss
-    smooth.val,smooth.count = (state['smooth_loss'][k] for k in ('val', 'count'))
 
 # %% ../nbs/30_checkpoints.ipynb #0402266b
 def _beside(p, v): # a saved value on the parameter's device and in its memory format
     if not isinstance(v, torch.Tensor): return v
     return torch.empty_like(p, dtype=v.dtype).copy_(v) if v.shape == p.shape else v.to(p.device)
+
+# %% ../nbs/30_checkpoints.ipynb #c5661d56
+def _set_optimizer(opt, state):
+    params = [p for p,*_ in opt.all_params()]
+    if isinstance(opt, OptimWrapper): opt.opt.load_state_dict(state['optimizer'])
+    else:
+        for p,saved in zip(params, state['optimizer'], strict=True):
+            opt.state[p] = {k: _beside(p, v) for k,v in saved.items()}
+    for mine,saved in zip(opt.hypers, state['hypers'], strict=True): mine.update(saved)
+    if isinstance(opt, Lookahead):
+        opt.count,slow = state['lookahead']
+        opt.slow_weights = slow and L(L(_beside(p, v) for p,v in zip(ps, vs))
+                                      for ps,vs in zip(opt.param_lists, slow))
+    for p,g in zip(params, state['grads'] or [], strict=state['grads'] is not None):
+        p.grad = None if g is None else _beside(p, g)
+
+# %% ../nbs/30_checkpoints.ipynb #1211137e
+def _set_callbacks(learn, states):
+    for cb in learn.cbs:
+        if (saved := states.get(cb.name)) is None: continue
+        if hasattr(type(cb), 'load_state_dict'): cb.load_state_dict(saved)
+        else:
+            for k,v in saved.items(): setattr(cb, k, v)
+
+# %% ../nbs/30_checkpoints.ipynb #95cc8a82
+@torch.no_grad()
+def set_learner_state(learn:Learner, state:dict):
+    "Put `learner_state` back into a learner that was made in the same way"
+    unwrap_ddp(learn.model).to(learn.dls.device or 'cpu').load_state_dict(state['model'])
+    if learn.opt is None: learn.create_opt()
+    _set_optimizer(learn.opt, state)
+    if state['scaler'] is not None and getattr(learn, 'scaler', None) is not None:
+        learn.scaler.load_state_dict(state['scaler'])
+    _set_callbacks(learn, state['callbacks'])
+    smooth = learn.recorder.smooth_loss
+    smooth.val,smooth.count = (state['smooth_loss'][k] for k in ('val', 'count'))

@@ -11,8 +11,9 @@ import gzip, io, re, struct, zlib
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastai.vision.all import parent_label
-from .core import InputError, check_counts, error_reason, name_a_few
+from .core import InputError, error_reason, name_a_few
 from .images import Picture
+from .options import DataOptions
 
 # %% ../nbs/14_layouts.ipynb #e7c813ae
 SPLITS = 'train','val','test'
@@ -34,12 +35,9 @@ def take_evenly(
 # %% ../nbs/14_layouts.ipynb #8a0851e9
 def split_limits(max_per_class) -> dict: # split -> most images of a class, or None
     "One number is for training and validation, a pair for one each; test goes with validation"
+    DataOptions(max_per_class=max_per_class) # which checks it
     pair = max_per_class if isinstance(max_per_class, (tuple, list)) else (max_per_class,)*2
-    if len(pair) != 2:
-        raise InputError('max_per_class is one number or a pair (train, val), '
-                         f'not {max_per_class!r}')
     train,val = pair
-    for o in (train, val): check_counts(max_per_class=o)
     return dict(train=train, val=val, test=val)
 
 # %% ../nbs/14_layouts.ipynb #a23b81ee

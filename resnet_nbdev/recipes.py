@@ -20,7 +20,7 @@ from .distributed import is_main, join, ranks
 from .folders import free_name, run_path
 from .learner import name_of, resnet_learner
 from .options import DataOptions, NetworkOptions, RunOptions, ToolOptions, takes
-from .plans import build_network, find_plan, group_rates, stage_groups
+from .plans import Plan, build_network, find_plan, group_rates, stage_groups
 from .resident import resident_data
 from .resnet import create_resnet
 from .training import fine_tune
@@ -94,7 +94,8 @@ def complete_recipe(recipe:dict) -> dict:
 def recipe_plan(r:dict): # `Plan`
     "The plan of a recipe, with the recipe's own changes"
     network = NetworkOptions.pick(r)
-    return find_plan(network.plan).but(**{k: v for k in ('bn', 'cut', 'hidden', 'dropout')
+    shared = [o.name for o in fields(Plan) if o.name in NetworkOptions.names()]
+    return find_plan(network.plan).but(**{k: v for k in shared
                                           if (v := getattr(network, k)) is not None})
 
 # %% ../nbs/34_recipes.ipynb #5e828cd6

@@ -206,7 +206,7 @@ def test_accuracies_without_blocks(three, block):
     xb, yb = (torch.cat(o).as_subclass(torch.Tensor) for o in zip(*learn.dls.loaders[2]))
     score = lambda m: (m.eval()(xb).argmax(1) == yb).double().mean().item()
     with torch.no_grad():
-        assert table.attrs['accuracy'] == score(learn.model) == predictions(learn, 2).right.mean()
+        assert table.attrs['accuracy'] == score(learn.model) == predictions(learn, 2).is_correct.mean()
         assert table.accuracy.tolist() == [score(replaced(learn.model, o)) for o in table.block]
     np.testing.assert_allclose(table['drop'], table.attrs['accuracy'] - table.accuracy)
     plain = [] if block.skip else ['body.layer2.0', 'body.layer3.0']
@@ -235,7 +235,7 @@ BAD = dict(
     no_test_set=(lambda o: predictions(o, 3), '3 sets'),
     negative=(lambda o: delete_blocks(o, -1), '3 sets'),
     not_a_set=(lambda o: features(o, 'val'), '3 sets'),
-    other_table=(lambda o: confident_errors(pd.DataFrame(dict(a=[1]))), 'no column right, probability'),
+    other_table=(lambda o: confident_errors(pd.DataFrame(dict(a=[1]))), 'no column is_correct, probability'),
     other_images=(lambda o: show_predictions(o, predictions(o, 0), 1), 'not images of set 1'),
     no_set=(lambda o: show_predictions(o, predictions(o), 5), '3 sets'),
     no_image=(lambda o: show_predictions(o, predictions(o).head(0)), 'from 1 to 100'),

@@ -46,7 +46,7 @@ def check_table(learn, ds_idx, names):
     close(table.truth_probability, [row[learn.dls.vocab.o2i[names(o)]] for row, o in zip(p, items)])
     close(table.attrs['probabilities'], p)
     close(table.loss, -np.log(table.truth_probability))
-    assert (table.right == (table.truth == table.predicted)).all()
+    assert (table.is_correct == (table.truth == table.predicted)).all()
     return table
 
 
@@ -71,7 +71,7 @@ def test_hundred_classes(hundred, kind):
         fig.canvas.draw()
         plot_embedding(embed(features(learn)[0]), features(learn)[1], learn.dls.vocab).canvas.draw()
     assert table.predicted.nunique() < 100 and scores.notna().all(axis=None)
-    assert counts.sum(axis=1).eq(2).all() and np.trace(counts) == table.right.sum()
+    assert counts.sum(axis=1).eq(2).all() and np.trace(counts) == table.is_correct.sum()
     assert max(fig.get_size_inches()) < 8
     assert not {o.get_text() for o in fig.axes[0].get_xticklabels()} & set(learn.dls.vocab)
 
@@ -107,10 +107,10 @@ def test_tables_can_be_joined(learn):
 
 
 def test_errors_in_order():
-    table = pd.DataFrame(dict(right=[True, False, False, True, False], probability=[.9, .3, .8, .5, .8],
+    table = pd.DataFrame(dict(is_correct=[True, False, False, True, False], probability=[.9, .3, .8, .5, .8],
                               truth=list('abcab'), predicted=list('acbab')))
     assert confident_errors(table).index.tolist() == [2, 4, 1] and confident_errors(table, 1).index.tolist() == [2]
-    assert confident_errors(table[table.right]).empty
+    assert confident_errors(table[table.is_correct]).empty
     assert most_confused(table[table.truth == table.predicted]).empty
 
 
@@ -144,4 +144,4 @@ def test_the_picture_of_the_row(tmp_path):
                 np.testing.assert_allclose(np.asarray(ax.images[0].get_array()).mean((0, 1))*255,
                                            [grey, 255 - grey, 50], atol=2)
                 assert ax.get_title().split() == [o.truth, o.predicted, f'{o.probability:.2f}']
-                assert ax.spines['left'].get_visible() != o.right
+                assert ax.spines['left'].get_visible() != o.is_correct
