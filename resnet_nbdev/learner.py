@@ -147,7 +147,7 @@ def resnet_learner(
 ) -> Learner: # with accuracy as its metric, `.plan`, and `.options`: what it was made of
     "A `Learner` for a residual network with as many outputs as the data has classes"
     network,tools = NetworkOptions.pick(kw),ToolOptions.pick(kw)
-    plan = find_plan(plan).but(**{k: v for k,v in network.given().items() if k in kw})
+    plan = find_plan(plan).but(**{k: v for k,v in network.not_none().items() if k in kw})
     model = _network(dls, arch, weights, plan)
     _check_sizes(model, dls, tools.progressive)
     cbs,loss = training_tools(tools, dls.device or 'cpu', plan.bn)

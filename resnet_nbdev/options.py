@@ -34,11 +34,12 @@ def in_range(least:float, below:float=math.inf): # a check
         raise InputError(f'{name} must be {limits}, and is {value}')
     return check
 
-# %% ../nbs/07_options.ipynb #02e16c37
+# %% ../nbs/07_options.ipynb #68a62b19
 def whole_number(least:int=0): # a check
     "A whole number of at least `least`"
     return lambda name, value: check_counts(least, **{name: value})
 
+# %% ../nbs/07_options.ipynb #a1d04655
 def positive_number(name:str, value):
     "A check: a finite number above 0, or several of them"
     for o in value if isinstance(value, (list, tuple)) else [value]:
@@ -71,8 +72,8 @@ class Options:
         "Those of `values` that belong to this group"
         return cls(**{k: values[k] for k in cls.names() if k in values})
 
-    def given(self) -> dict: # {name: value}
-        "The options that are not None"
+    def not_none(self) -> dict: # {name: value}
+        "The options that have a value"
         return {k: v for k in self.names() if (v := getattr(self, k)) is not None}
 
 # %% ../nbs/07_options.ipynb #0b38e010
@@ -103,99 +104,91 @@ def option_help(
     if default is None: return f"{text} (default: {o.metadata['unset']})"
     return text if default is False or default == () else f'{text} (default: {default})'
 
-# %% ../nbs/07_options.ipynb #0bc621c8
+# %% ../nbs/07_options.ipynb #287008ad
 def _limits(name, value): # one number, or one for training and one for validation
     pair = value if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
         raise InputError(f'{name} is one number or a pair (train, val), not {value!r}')
     for o in pair: check_counts(**{name: o})
 
+# %% ../nbs/07_options.ipynb #0bc621c8
 @dataclass
 class DataOptions(Options):
     "Which images, how large, and how they are prepared"
     presize:int|None = option(None, 'side of the square that each image becomes first, in pixels',
-                              whole_number(1),
-                              unset="the dataset's")
+        whole_number(1), unset="the dataset's")
     resize:int|None = option(None, 'side of the images that the network sees, in pixels',
-                             whole_number(1),
-                             unset="the dataset's")
-    bs:int|None = option(None, 'images in a batch, of each process', whole_number(1),
-                         unset="the dataset's")
+        whole_number(1), unset="the dataset's")
+    bs:int|None = option(None, 'images in a batch, of each process',
+        whole_number(1), unset="the dataset's")
     max_per_class:int|tuple|None = option(None,
-                                          'use at most so many images of each class and split',
-                                          _limits,
-                                          unset='all')
+        'use at most so many images of each class and split', _limits, unset='all')
     strict:bool = option(False, 'refuse a set with unreadable files, instead of leaving them out')
     augment:dict|None = option(None, 'settings of the augmentation, as in `augment.AUGMENT`',
-                               unset="the dataset's", flag=False)
+        unset="the dataset's", flag=False)
     fit:str|None = option(None, 'how an image becomes a square',
-                          OneOf('fit', 'crop', 'squish', 'pad', 'croppad'),
-                          unset="the dataset's")
+        OneOf('fit', 'crop', 'squish', 'pad', 'croppad'), unset="the dataset's")
     stats:str|tuple|None = option(None,
-                                  'means and deviations for normalisation: imagenet, none or own',
-                                  unset="the dataset's")
+        'means and deviations for normalisation: imagenet, none or own', unset="the dataset's")
     noise:int|None = option(None,
-                            'percentage of wrong training labels, from the CSV of Imagenette')
+        'percentage of wrong training labels, from the CSV of Imagenette')
 
-# %% ../nbs/07_options.ipynb #bd81a7fb
+# %% ../nbs/07_options.ipynb #3a9d37d7
 def _arch(name, value): # PyTorch is imported only for a name that is given
     from resnet_nbdev.resnet import check_arch
     if isinstance(value, str): check_arch(value)
 
+# %% ../nbs/07_options.ipynb #bd81a7fb
 @dataclass
 class NetworkOptions(Options):
     "Which network, with which weights, and which of them move"
     arch:str|None = option(None,
-                           'resnet18, resnet34, ..., cifar_resnet8, or another of `resnet.ARCHS`',
-                           _arch,
-                           unset="the dataset's")
+        'resnet18, resnet34, ..., cifar_resnet8, or another of `resnet.ARCHS`',
+        _arch, unset="the dataset's")
     weights:str|None = option(None, 'imagenet, or a .safetensors or .pth file',
-                              unset='from scratch')
-    plan:str = option('all', 'which stages train, when, and how fast', OneOf(
-        'plan', 'all', 'head', 'late', 'cut', 'frozen', 'discriminative', 'stepped', 'gradual'))
+        unset='from scratch')
+    plan:str = option('all', 'which stages train, when, and how fast', OneOf('plan',
+        'all', 'head', 'late', 'cut', 'frozen', 'discriminative', 'stepped', 'gradual'))
     bn:str|None = option(None, 'batch norm of frozen groups, train or frozen', unset="the plan's")
     cut:int|None = option(None, 'stages to keep; 0: all', whole_number(), unset="the plan's")
-    hidden:int|None = option(None, 'units of a hidden layer in the head; 0: none', whole_number(),
-                             unset="the plan's")
+    hidden:int|None = option(None, 'units of a hidden layer in the head; 0: none',
+        whole_number(), unset="the plan's")
     dropout:float|None = option(None, "share of the classifier's inputs that training leaves out",
-                                in_range(0, 1),
-                                unset="the plan's")
+        in_range(0, 1), unset="the plan's")
 
-# %% ../nbs/07_options.ipynb #106c6e8f
+# %% ../nbs/07_options.ipynb #166d5628
 def _sizes(name, value):
     for o in value:
         if not isinstance(o, Integral) or o < 1:
             raise InputError(f'{name} must be whole numbers of at least 1, and has {o}')
 
+# %% ../nbs/07_options.ipynb #106c6e8f
 @dataclass
 class ToolOptions(Options):
     "Loss, optimizer, what is done to batches and gradients, and how the machine computes"
     opt:str|None = option(None, 'optimizer',
-                          OneOf('optimizer', 'adam', 'sgd', 'rmsprop', 'ranger'), unset='adam')
+        OneOf('optimizer', 'adam', 'sgd', 'rmsprop', 'ranger'), unset='adam')
     wd:float|None = option(None, 'weight decay', in_range(0), unset="the optimizer's")
     label_smoothing:float = option(0.,
-                                   'share of the target that goes to all classes alike '
-                                   '(Szegedy et al. 2015, section 7)', in_range(0, 1))
+        'share of the target that goes to all classes alike (Szegedy et al. 2015, section 7)',
+        in_range(0, 1))
     mixup:float = option(0., "parameter of mixup's Beta distribution (Zhang et al. 2017)",
-                         in_range(0))
+        in_range(0))
     cutmix:float = option(0., "parameter of CutMix's Beta distribution (Yun et al. 2019)",
-                          in_range(0))
+        in_range(0))
     clip:float = option(0., 'largest norm of the gradient; 0: any', in_range(0))
-    accumulate:int = option(0,
-                            'images whose gradients are added up before a step; 0: one batch',
-                            in_range(0))
-    precision:str = option('fp32', 'fp32, bf16, fp16, or auto, the best that the GPU has', OneOf(
-        'precision', 'fp32', 'bf16', 'fp16', 'auto'))
+    accumulate:int = option(0, 'images whose gradients are added up before a step; 0: one batch',
+        whole_number())
+    precision:str = option('fp32', 'fp32, bf16, fp16, or auto, the best that the GPU has',
+        OneOf('precision', 'fp32', 'bf16', 'fp16', 'auto'))
     channels_last:bool = option(False, "memory format of a GPU's convolutions")
     compile:bool = option(False, 'torch.compile, which pays after many steps')
     ema:float = option(0., 'decay of a moving average of the weights, for example 0.999',
-                       in_range(0, 1))
+        in_range(0, 1))
     max_norm:float = option(0.,
-                            'largest norm of the weights of one output channel or unit; 0: any',
-                            in_range(0))
+        'largest norm of the weights of one output channel or unit; 0: any', in_range(0))
     progressive:tuple = option((),
-                               'sides of training images in pixels, one after another in a cycle',
-                               _sizes)
+        'sides of training images in pixels, one after another in a cycle', _sizes)
     top_k:int = option(0, 'report top-k accuracy, too', whole_number())
 
     def __post_init__(self):
@@ -203,52 +196,51 @@ class ToolOptions(Options):
         if self.mixup and self.cutmix:
             raise InputError('mixup and cutmix each mix the whole batch: choose one of them')
 
-# %% ../nbs/07_options.ipynb #032fb4be
+# %% ../nbs/07_options.ipynb #51d04888
 def _share(name, value):
     if not 0 <= value <= 1: raise InputError(f'{name} must lie between 0 and 1, and is {value}')
 
+# %% ../nbs/07_options.ipynb #ab6c1d57
 def _rule(name, value):
     if value not in (rules := ('none', 'linear', 'sqrt')):
         known = ', '.join(rules)
         raise InputError(f'unknown rule {value!r} for the learning rate: it is {known}')
 
+# %% ../nbs/07_options.ipynb #032fb4be
 @dataclass
 class ScheduleOptions(Options):
     "How long, how fast"
     freeze_epochs:int = option(3,
-                               'epochs of each cycle before the last, in which groups are frozen',
-                               whole_number())
+        'epochs of each cycle before the last, in which groups are frozen', whole_number())
     epochs:int = option(12, 'epochs of the last cycle', whole_number(1))
     base_lr:float = option(5e-4,
-                           'peak rate of the first cycles; the last one peaks at half of it',
-                           positive_number)
+        'peak rate of the first cycles; the last one peaks at half of it', positive_number)
     schedule:str = option('one_cycle',
-                          'up and down (Smith 2018), flat and then down by a cosine, or flat',
-                          OneOf('schedule', 'one_cycle', 'flat_cos', 'flat'))
-    pct_start:float|None = option(None, 'share of the last cycle before its rate falls', _share,
-                                  unset='0.3, flat_cos: 0.75')
+        'up and down (Smith 2018), flat and then down by a cosine, or flat',
+        OneOf('schedule', 'one_cycle', 'flat_cos', 'flat'))
+    pct_start:float|None = option(None, 'share of the last cycle before its rate falls',
+        _share, unset='0.3, flat_cos: 0.75')
     div:float = option(5., 'peak rate of the last cycle over its first one; of one_cycle',
-                       positive_number)
+        positive_number)
     lr_mult:float|tuple|None = option(None,
-                                      'rate of the head over that of the stem in the last cycle',
-                                      positive_number,
-                                      unset="the plan's")
+        'rate of the head over that of the stem in the last cycle',
+        positive_number, unset="the plan's")
 
 # %% ../nbs/07_options.ipynb #3b7fef6f
 @dataclass
 class RunOptions(ScheduleOptions):
     "The schedule of a run, what counts as best, and what is written"
     monitor:str|None = option(None, 'metric of the best epoch',
-                              unset='accuracy, or valid_loss without one')
+        unset='accuracy, or valid_loss without one')
     patience:int = option(0, 'end a cycle after so many epochs without a better one; 0: never',
-                          whole_number())
+        whole_number())
     average:int = option(0, 'average the weights of so many last epochs; 0: none', whole_number())
-    scale_lr:str|None = option(None, 'rule for several processes: none, linear, sqrt', _rule,
-                               unset='linear for sgd, else sqrt')
+    scale_lr:str|None = option(None, 'rule for several processes: none, linear, sqrt',
+        _rule, unset='linear for sgd, else sqrt')
     sync_bn:bool = option(False, 'normalise over the batches of all processes, on GPUs')
     tensorboard:bool = option(False, 'write files for TensorBoard, too')
     json_lines:bool = option(False, 'print a line of JSON for each epoch, and nothing else',
-                             flag=False)
+        flag=False)
 
 # %% ../nbs/07_options.ipynb #53803a44
 GROUPS = dict(data=DataOptions, network=NetworkOptions, tools=ToolOptions, run=RunOptions)

@@ -75,7 +75,7 @@ def test_a_check_is_made_with_the_object():
     Even.n = option(2, 'a number', even)
     from dataclasses import dataclass
     Even = dataclass(Even)
-    assert Even().n == 2 and Even(n=4).given() == dict(n=4)
+    assert Even().n == 2 and Even(n=4).not_none() == dict(n=4)
     with pytest.raises(InputError, match='n is odd'): Even(n=3)
     with pytest.raises(TypeError): Even(m=3)
     assert Even.pick(dict(n=6, m=3)) == Even(6)
