@@ -27,7 +27,7 @@ def _as_tensor(o): # None for what is no array of numbers
     except TypeError: return None # an array of texts or objects
 
 # %% ../nbs/30_checkpoints.ipynb #747866ba
-def _take_out(o, t, tensors, at): # moves a tensor into `tensors`, and leaves its name
+def _move_tensor(o, t, tensors, at): # moves a tensor into `tensors`, and leaves its name
     name = f'{len(tensors)}{at}' # the number, because a key may have dots in it
     t = t.detach().cpu().as_subclass(torch.Tensor)
     tensors[name] = t.clone(memory_format=torch.contiguous_format)
@@ -42,7 +42,7 @@ def flatten_state(
     "A nested value without its tensors"
     if isinstance(o, np.generic): o = o.item()
     if o is None or isinstance(o, _PLAIN): return o
-    if (t := _as_tensor(o)) is not None: return _take_out(o, t, tensors, at)
+    if (t := _as_tensor(o)) is not None: return _move_tensor(o, t, tensors, at)
     if isinstance(o, dict) and all(k is None or isinstance(k, _PLAIN) for k in o):
         return {'dict': [[k, flatten_state(v, tensors, f'{at}.{k}')] for k,v in o.items()]}
     if isinstance(o, (list, tuple)) or type(o).__name__ == 'L':
@@ -66,12 +66,12 @@ def restore_state(o, tensors:dict):
 # %% ../nbs/30_checkpoints.ipynb #3fdaf029
 def tensor_digest(text:str, tensors:dict) -> str: # hexadecimal SHA-256
     "A fingerprint of a text and of tensors with their names, types and shapes"
-    h = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(text.encode())
     for k in sorted(tensors):
         t = tensors[k].detach().cpu().contiguous()
-        h.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
+        digest.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 # %% ../nbs/30_checkpoints.ipynb #b6153f3e
 def tensor_file(
@@ -95,10 +95,10 @@ def read_tensor_file(
             tensors = {k: f.get_tensor(k) for k in f.keys()}
         sha = about.pop('sha256')
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as e:
-        why = ' '.join(str(e).split()) or type(e).__name__
-        if isinstance(e, FileNotFoundError): why = 'it does not exist'
+        cause = ' '.join(str(e).split()) or type(e).__name__
+        if isinstance(e, FileNotFoundError): cause = 'it does not exist'
         raise InputError(f'{path} is not a readable .safetensors file: it is no whole file of '
-                         f'this project ({why})') from None
+                         f'this project ({cause})') from None
     if tensor_digest(json.dumps(about), tensors) != sha:
         raise InputError(f'{path} is damaged: its content is not what was written')
     return tensors, about
@@ -171,16 +171,17 @@ def _optimizer_state(opt): # one of PyTorch's in fastai's wrapper, or one of fas
 def learner_state(learn:Learner) -> dict:
     "The state of a training between two epochs, without its random generators"
     opt,smooth,scaler = learn.opt,learn.recorder.smooth_loss,getattr(learn, 'scaler', None)
-    waits = any(isinstance(cb, GradientAccumulation) and cb.count for cb in learn.cbs)
+    has_pending_gradients = any(isinstance(cb, GradientAccumulation) and cb.count
+                                for cb in learn.cbs)
     return dict(model=unwrap_ddp(learn.model).state_dict(), callbacks=_callback_states(learn),
                 optimizer=_optimizer_state(opt), hypers=[dict(o) for o in opt.hypers],
                 lookahead=(opt.count, opt.slow_weights) if isinstance(opt, Lookahead) else None,
-                grads=[p.grad for p,*_ in opt.all_params()] if waits else None,
+                grads=[p.grad for p,*_ in opt.all_params()] if has_pending_gradients else None,
                 scaler=scaler.state_dict() if scaler is not None else None,
                 smooth_loss=dict(val=smooth.val, count=smooth.count))
 
 # %% ../nbs/30_checkpoints.ipynb #0402266b
-def _beside(p, v): # a saved value on the parameter's device and in its memory format
+def _placed_like(p, v): # a saved value on the parameter's device and in its memory format
     if not isinstance(v, torch.Tensor): return v
     return torch.empty_like(p, dtype=v.dtype).copy_(v) if v.shape == p.shape else v.to(p.device)
 
@@ -190,14 +191,14 @@ def _set_optimizer(opt, state):
     if isinstance(opt, OptimWrapper): opt.opt.load_state_dict(state['optimizer'])
     else:
         for p,saved in zip(params, state['optimizer'], strict=True):
-            opt.state[p] = {k: _beside(p, v) for k,v in saved.items()}
-    for mine,saved in zip(opt.hypers, state['hypers'], strict=True): mine.update(saved)
+            opt.state[p] = {k: _placed_like(p, v) for k,v in saved.items()}
+    for group,saved in zip(opt.hypers, state['hypers'], strict=True): group.update(saved)
     if isinstance(opt, Lookahead):
         opt.count,slow = state['lookahead']
-        opt.slow_weights = slow and L(L(_beside(p, v) for p,v in zip(ps, vs))
+        opt.slow_weights = slow and L(L(_placed_like(p, v) for p,v in zip(ps, vs))
                                       for ps,vs in zip(opt.param_lists, slow))
     for p,g in zip(params, state['grads'] or [], strict=state['grads'] is not None):
-        p.grad = None if g is None else _beside(p, g)
+        p.grad = None if g is None else _placed_like(p, g)
 
 # %% ../nbs/30_checkpoints.ipynb #1211137e
 def _set_callbacks(learn, states):

@@ -108,9 +108,9 @@ def _pixels(images, dl): # a batch (N, 3, H, W) of `dl` -> (N, H, W, 3), from 0 
     return images.permute(0, 2, 3, 1).numpy()
 
 # %% ../nbs/24_predictions.ipynb #54d6993e
-def _short(name, most=18): # characters
+def _short(name, limit=18): # in characters
     name = str(name)
-    return name if len(name) <= most else f'{name[:most-1]}…'
+    return name if len(name) <= limit else f'{name[:limit-1]}…'
 
 # %% ../nbs/24_predictions.ipynb #d74467f7
 def _draw(images, answers, cols, width, fontsize, letters=None): # width of an image in inches
