@@ -152,8 +152,8 @@ RENAMED = dict(made='learner', spread='lr_mult') # keys of config.json in older 
 def current_names(o):
     "Nested values with the keys that older versions wrote renamed"
     if isinstance(o, list): return [current_names(v) for v in o]
-    return {RENAMED.get(k, k): current_names(v) for k,v in o.items()} if isinstance(o,
-                                                                                    dict) else o
+    if not isinstance(o, dict): return o
+    return {RENAMED.get(k, k): current_names(v) for k,v in o.items()}
 
 # %% ../nbs/31_folders.ipynb #3f0b9103
 def read_config(
@@ -260,8 +260,8 @@ def _enter(run): # on every rank
     except KeyboardInterrupt as e: stopped = e # heard by another thread
     hold_interrupts(False) # raises one that came in between
     if stopped: raise stopped
-    run.problem,state,run.is_finished = gather((run.problem, run.state,
-                                                  run.is_finished))[0]
+    found = run.problem, run.state, run.is_finished
+    run.problem,state,run.is_finished = gather(found)[0] # of the one that has opened it
     if run.problem: raise InputError(run.problem)
     run.take_state(state)
 
@@ -277,8 +277,8 @@ class RunFolder:
         self.name,self.config,self.resume = name,config,resume
         self.path = Path(runs).expanduser()/name
         self.lock = self.problem = self.state = None # state: of a run that was interrupted
-        # on the disk
-        self.is_finished,self.rows,self.best,self.files,self.resumed = False,[],None,{},[]
+        self.is_finished = False
+        self.rows,self.best,self.files,self.resumed = [],None,{},[] # what is on the disk
 
     def __enter__(self):
         try:
@@ -291,9 +291,7 @@ class RunFolder:
     def take_state(self, state): # of a run that was interrupted, on every rank; None: of none
         self.state = state
         if not state: return
-        self.rows,self.best,self.files,self.resumed = (copy(state[k])
-                                                       for k in ('rows', 'best', 'files',
-                                                                 'resumed'))
+        for k in ('rows', 'best', 'files', 'resumed'): setattr(self, k, copy(state[k]))
 
     def __exit__(self, kind, *_):
         if self.lock is None or not self.lock.is_locked: return

@@ -47,8 +47,8 @@ class WeightAverage(Callback):
             self.average = AveragedModel(unwrap_ddp(self.model),
                                          multi_avg_fn=ema_rule(self.decay), use_buffers=True)
     def after_step(self):
-        if not hasattr(self.learn,
-                       'lr_finder'): self.average.update_parameters(unwrap_ddp(self.model))
+        if hasattr(self.learn, 'lr_finder'): return # which puts the weights back
+        self.average.update_parameters(unwrap_ddp(self.model))
     @property
     def model_average(self) -> nn.Module: return self.average.module
     def state_dict(self): return self.average.state_dict()
@@ -117,8 +117,8 @@ def name_of(o) -> str|None:
     if isinstance(o, partial):
         return f"{name_of(o.func)}({', '.join(f'{k}={v!r}' for k,v in o.keywords.items())})"
     if isinstance(o, dict): return f'{len(o)} tensors'
-    return getattr(o, '__name__', None) or (str(o)
-                                            if hasattr(o, '__fspath__') else type(o).__name__)
+    if hasattr(o, '__fspath__'): return str(o)
+    return getattr(o, '__name__', None) or type(o).__name__
 
 # %% ../nbs/23_learner.ipynb #0a00c515
 def _network(dls, arch, weights, plan): # a network by its name, or a model as it is
@@ -130,11 +130,10 @@ def _network(dls, arch, weights, plan): # a network by its name, or a model as i
     return arch
 
 # %% ../nbs/23_learner.ipynb #7f189acf
-# images below a network's stride are refused before training
-def _check_sizes(model, dls, progressive):
+def _check_sizes(model, dls, progressive): # before training
     if not isinstance(model, ResNet): return
-    for o in filter(None, (getattr(dls, 'info', {}).get('resize'),
-                           *progressive)): model.check_size(o, o)
+    sizes = getattr(dls, 'info', {}).get('resize'), *progressive
+    for o in filter(None, sizes): model.check_size(o, o)
 
 # %% ../nbs/23_learner.ipynb #fc2b8884
 @takes(NetworkOptions, ToolOptions)
@@ -153,14 +152,14 @@ def resnet_learner(
     cbs,loss = training_tools(tools, dls.device or 'cpu', plan.bn)
     metrics = [accuracy, *([top_accuracy_of(tools.top_k, len(dls.vocab))] if tools.top_k else [])]
     rest = {k: v for k,v in kw.items() if k not in NetworkOptions.names() + ToolOptions.names()}
-    rest = {'metrics': metrics, 'splitter': stage_groups
-            if plan.groups == 'stages' else trainable_params,
-            'train_bn': plan.bn == 'train', 'wd': tools.wd, 'loss_func': loss,
-            **(dict(opt_func=OPTIMIZERS[tools.opt]) if tools.opt else {}), **rest}
+    splitter = stage_groups if plan.groups == 'stages' else trainable_params
+    if tools.opt: rest = {'opt_func': OPTIMIZERS[tools.opt], **rest}
+    rest = {'metrics': metrics, 'splitter': splitter, 'train_bn': plan.bn == 'train',
+            'wd': tools.wd, 'loss_func': loss, **rest}
     learn = Learner(dls, model, **{**rest, 'cbs': [*cbs, *np.atleast_1d(rest.get('cbs') or [])]})
     if tools.compile: learn.model.compile()
     learn.arch,learn.plan = arch if isinstance(arch, str) else type(arch).__name__,plan
     learn.options = {**asdict(tools), 'arch': learn.arch, 'weights': name_of(weights),
-                     'plan': asdict(plan),
-                     'opt': name_of(learn.opt_func), 'loss': name_of(learn.loss_func)}
+                     'plan': asdict(plan), 'opt': name_of(learn.opt_func),
+                     'loss': name_of(learn.loss_func)}
     return learn

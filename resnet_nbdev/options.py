@@ -214,7 +214,7 @@ class ScheduleOptions(Options):
         'epochs of each cycle before the last, in which groups are frozen', whole_number())
     epochs:int = option(12, 'epochs of the last cycle', whole_number(1))
     base_lr:float = option(5e-4,
-        'peak rate of the first cycles; the last one peaks at half of it', positive_number)
+        'peak rate of the first cycle; later ones peak at half of it', positive_number)
     schedule:str = option('one_cycle',
         'up and down (Smith 2018), flat and then down by a cosine, or flat',
         OneOf('schedule', 'one_cycle', 'flat_cos', 'flat'))

@@ -151,9 +151,8 @@ def _cycle(i, plan, o, n): # the i-th cycle of a plan as plain values
 def group_names(learn:Learner) -> list:
     "What the parameter groups are called"
     if learn.opt is None: learn.create_opt()
-    n = len(learn.opt.param_lists)
-    names = list(_stage_modules(unwrap_ddp(learn.model))) if isinstance(unwrap_ddp(learn.model),
-                                                                        ResNet) else []
+    n,model = len(learn.opt.param_lists),unwrap_ddp(learn.model)
+    names = list(_stage_modules(model)) if isinstance(model, ResNet) else []
     return names if n == len(names) else ['all'] if n == 1 else [f'group {i}' for i in range(n)]
 
 # %% ../nbs/22_plans.ipynb #9cfd9dd5
@@ -162,7 +161,7 @@ def plan_cycles(
     learn:Learner, # from `resnet_learner`, or any other
     freeze_epochs:int=ScheduleOptions.freeze_epochs, # of each cycle before the last; 0: none
     epochs:int=ScheduleOptions.epochs, # of the last cycle
-    base_lr:float=ScheduleOptions.base_lr, # peak of the first cycles; the last peaks at half
+    base_lr:float=ScheduleOptions.base_lr, # peak of the first cycle; later ones peak at half
     **options # of `ScheduleOptions`
 ) -> list: # of dictionaries: trains_from, epochs, rates, kind, pct_start, div
     "The cycles of a run as plain values"
@@ -171,14 +170,17 @@ def plan_cycles(
     cycles = [_cycle(i, plan, o, n) for i in range(len(plan.cycles))]
     return cycles if freeze_epochs else cycles[-1:]
 
-# %% ../nbs/22_plans.ipynb #df50660c
-SCHEDULES = dict( # name -> how a cycle is fitted
-    one_cycle=lambda learn, n, rates, o,
-    cbs: learn.fit_one_cycle(n, rates, pct_start=o['pct_start'],
-                                                                  div=o['div'], cbs=cbs),
-    flat_cos=lambda learn, n, rates, o,
-    cbs: learn.fit_flat_cos(n, rates, pct_start=o['pct_start'], cbs=cbs),
-    flat=lambda learn, n, rates, o, cbs: learn.fit(n, rates, cbs=cbs))
+# %% ../nbs/22_plans.ipynb #d21d788e
+def _one_cycle(learn, o, cbs):
+    learn.fit_one_cycle(o['epochs'], np.array(o['rates']), pct_start=o['pct_start'],
+                        div=o['div'], cbs=cbs)
+
+def _flat_cos(learn, o, cbs):
+    learn.fit_flat_cos(o['epochs'], np.array(o['rates']), pct_start=o['pct_start'], cbs=cbs)
+
+def _flat(learn, o, cbs): learn.fit(o['epochs'], np.array(o['rates']), cbs=cbs)
+
+SCHEDULES = dict(one_cycle=_one_cycle, flat_cos=_flat_cos, flat=_flat) # how a cycle is fitted
 
 # %% ../nbs/22_plans.ipynb #09a63c56
 def run_cycle(learn:Learner, cycle:dict, cbs=None):
@@ -186,7 +188,7 @@ def run_cycle(learn:Learner, cycle:dict, cbs=None):
     learn.freeze_to(cycle['trains_from'])
     # what an earlier fit left: fastai would decay weights whose gradient is 0, and add the rest
     for p in learn.model.parameters(): p.grad = None
-    SCHEDULES[cycle['kind']](learn, cycle['epochs'], np.array(cycle['rates']), cycle, cbs)
+    SCHEDULES[cycle['kind']](learn, cycle, cbs)
 
 # %% ../nbs/22_plans.ipynb #3c4e3ff2
 def plan_table(

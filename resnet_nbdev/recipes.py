@@ -29,40 +29,34 @@ from .weights import imagenet_name
 # %% ../nbs/34_recipes.ipynb #617df493
 RECIPES = dict(
     # fastai, from scratch
-    S1=dict(source='imagenette', arch='resnet34', plan='all', freeze_epochs=3, epochs=12,
-            base_lr=5e-4),
+    S1=dict(source='imagenette', arch='resnet34', plan='all',
+            freeze_epochs=3, epochs=12, base_lr=5e-4),
     # SuperGradients: stem to layer2 frozen throughout; rate and optimizer are ours
     S2=dict(source='miniplaces', arch='resnet50', weights='imagenet', plan='late',
-            freeze_epochs=0, epochs=3,
-            base_lr=1e-3, label_smoothing=0.1, top_k=5, average=3),
+            freeze_epochs=0, epochs=3, base_lr=1e-3, label_smoothing=0.1, top_k=5, average=3),
     # Keras: Adam at its rate of 1e-3, which is half of base_lr
-    S3=dict(source='mnist', arch='resnet152', weights='imagenet', plan='frozen', presize=32,
-            resize=32, bs=64,
-            schedule='flat', freeze_epochs=0, epochs=40, base_lr=2e-3, wd=0., monitor='accuracy'),
+    S3=dict(source='mnist', arch='resnet152', weights='imagenet', plan='frozen',
+            presize=32, resize=32, bs=64, schedule='flat', freeze_epochs=0, epochs=40,
+            base_lr=2e-3, wd=0., monitor='accuracy'),
     # Keras: the best epoch has the lowest validation loss; rate, limit and dropout are ours
     S4=dict(source='stanford_dogs', arch='resnet50', plan='all', dropout=0.5, max_norm=3.,
-            freeze_epochs=0, epochs=20,
-            base_lr=2e-3, monitor='valid_loss'),
+            freeze_epochs=0, epochs=20, base_lr=2e-3, monitor='valid_loss'),
     # PyTorch: Adam, 1e-3 for the head, which is half of base_lr; one cycle, a step a batch
-    S5=dict(source='cub200', arch='resnet50', weights='imagenet', plan='stepped', freeze_epochs=0,
-            epochs=10,
-            base_lr=2e-3, top_k=5, wd=0., monitor='valid_loss'))
-RECIPES |= {
-    'scratch': {**RECIPES['S1'], 'resident': True, 'base_lr': 4e-3, 'label_smoothing': 0.1,
-                'wd': 0.05, 'top_k': 0},
-    'places': {**RECIPES['S2'], 'plan': 'discriminative', 'resident': True, 'freeze_epochs': 1,
-               'epochs': 4,
-               'base_lr': 1e-3, 'lr_mult': 1000, 'ema': 0.99, 'average': 0},
-    'mnist': dict(source='mnist', arch='cifar_resnet20', plan='all', freeze_epochs=1, epochs=4,
-                  base_lr=1e-2,
-                  resident=True),
-    'dogs': dict(source='stanford_dogs', arch='resnet50', weights='imagenet',
-                 plan='discriminative', freeze_epochs=1,
-                 epochs=5, base_lr=2e-3, label_smoothing=0.1, top_k=5, resident=True),
-    'birds': {**RECIPES['S5'], 'plan': 'discriminative', 'resident': True, 'freeze_epochs': 3,
-              'epochs': 10,
-              'base_lr': 1.5e-3, 'lr_mult': 1000, 'label_smoothing': 0.1, 'wd': 0.01, 'ema': 0.99,
-              'monitor': 'accuracy'}}
+    S5=dict(source='cub200', arch='resnet50', weights='imagenet', plan='stepped',
+            freeze_epochs=0, epochs=10, base_lr=2e-3, top_k=5, wd=0., monitor='valid_loss'))
+RECIPES |= dict(
+    scratch=dict(RECIPES['S1'], resident=True, base_lr=4e-3, label_smoothing=0.1, wd=0.05,
+                 top_k=0),
+    places=dict(RECIPES['S2'], plan='discriminative', resident=True, freeze_epochs=1, epochs=4,
+                base_lr=1e-3, lr_mult=1000, ema=0.99, average=0),
+    mnist=dict(source='mnist', arch='cifar_resnet20', plan='all', resident=True,
+               freeze_epochs=1, epochs=4, base_lr=1e-2),
+    dogs=dict(source='stanford_dogs', arch='resnet50', weights='imagenet', plan='discriminative',
+              resident=True, freeze_epochs=1, epochs=5, base_lr=2e-3, label_smoothing=0.1,
+              top_k=5),
+    birds=dict(RECIPES['S5'], plan='discriminative', resident=True, freeze_epochs=3, epochs=10,
+               base_lr=1.5e-3, lr_mult=1000, label_smoothing=0.1, wd=0.01, ema=0.99,
+               monitor='accuracy'))
 
 # %% ../nbs/34_recipes.ipynb #83586ff5
 def find_recipe(recipe:str|dict) -> dict: # a copy

@@ -139,8 +139,8 @@ def averaged_files(
     if ema is not None: return {'average.safetensors': average(named_weights(ema.model_average))}
     if not k: return {}
     *earlier,name = recent_files(epoch, k)
-    states = [read_tensor_file(run.path/o)[0]
-              for o in earlier] + [named_weights(unwrap_ddp(learn.model))]
+    states = [read_tensor_file(run.path/o)[0] for o in earlier]
+    states.append(named_weights(unwrap_ddp(learn.model)))
     return {name: weights_file(learn, run, 'last', epoch),
             'average.safetensors': average(mean_weights(states))}
 
@@ -194,8 +194,8 @@ class Checkpointer(Callback):
         "Write everything; all ranks must call it, and one writes"
         run,rows,others = self.folder,list(self.recorded.rows),gather(random_state(self.learn))
         new = rows[len(run.rows):]
-        best = rows[-1] if new and is_better(run.config['monitor'], rows[-1],
-                                             run.best) else run.best
+        better = new and is_better(run.config['monitor'], rows[-1], run.best)
+        best = rows[-1] if better else run.best
         if is_main():
             hold_interrupts(True)
             try: self.write(rows, best, ended, others)
@@ -211,8 +211,8 @@ class Checkpointer(Callback):
         recent = recent_files(n, run.config['average']) if run.config['average'] else []
         kept = {k: v for k,v in run.files.items() if '/' not in k or k in recent}
         state = dict(config=run_identity(run.config), cycle=self.recorded.cycle, ended=ended,
-                     rows=rows, best=best,
-                     resumed=run.resumed, learner=learner_state(learn), ranks=others, files=kept)
+                     rows=rows, best=best, resumed=run.resumed,
+                     learner=learner_state(learn), ranks=others, files=kept)
         write_together(run.path, files, state)
         run.files = state['files']
         for o in run.path.glob('recent/*.safetensors'):

@@ -59,14 +59,12 @@ def run_config(
                          schedule=o.schedule, pct_start=o.pct_start, div=o.div, lr_mult=o.lr_mult)
     main = {k: getattr(o, k) for k in ('freeze_epochs', 'epochs', 'base_lr')}
     arguments = {**(arguments or {}), **main}
+    now = datetime.now(timezone.utc).isoformat(timespec='seconds')
     return as_plain(dict(
-        name=name, created=datetime.now(timezone.utc).isoformat(timespec='seconds'),
-        arguments=arguments,
-        arch=getattr(learn, 'arch', None),
+        name=name, created=now, arguments=arguments, arch=getattr(learn, 'arch', None),
         learner=getattr(learn, 'options', dict(opt=name_of(learn.opt_func))), cycles=cycles,
         monitor=monitor, average=o.average, patience=o.patience, seed=arguments.get('seed'),
-        ranks=ranks(),
-        sync_bn=o.sync_bn, scale_lr=rule if ranks() > 1 else None,
+        ranks=ranks(), sync_bn=o.sync_bn, scale_lr=rule if ranks() > 1 else None,
         callbacks=[cb.name for cb in learn.cbs if cb.name != 'progress'],
         workers=None if hasattr(dl, 'resident') else dl.fake_l.num_workers,
         parameters=sum(p.numel() for p in learn.model.parameters()), versions=versions(),
@@ -114,22 +112,21 @@ def _fit_cycles(learn, run, recorder, quiet):
 # %% ../nbs/33_training.ipynb #7428928a
 def explain_failure(e:BaseException) -> str: # '' for what is not known
     "What to do when training fails for want of memory, of values to normalise, or of a process"
-    said = str(e).strip()
-    if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and 'out of memory' in said
-                                      or "can't allocate memory" in said):
-        return 'the device has too little memory: choose a smaller batch (bs) or smaller ' \
-               'images (presize, resize)'
-    if isinstance(e, ValueError) and 'more than 1 value per channel' in said:
+    message = str(e).strip()
+    no_memory = isinstance(e, RuntimeError) and 'out of memory' in message \
+        or isinstance(e, MemoryError) or "can't allocate memory" in message
+    if no_memory: return 'the device has too little memory: choose a smaller batch (bs) or ' \
+                         'smaller images (presize, resize)'
+    if isinstance(e, ValueError) and 'more than 1 value per channel' in message:
         return 'batch norm has one value a channel to normalise: choose a larger batch (bs) or ' \
                'larger images (resize)'
-    if isinstance(e, RuntimeError) and 'DataLoader worker' in said:
+    if isinstance(e, RuntimeError) and 'DataLoader worker' in message:
         return 'a process that loads images was killed, perhaps for want of memory: fewer of ' \
                'them (workers) need less'
     if lost_peer(e): return 'another process of this run has ended or does not answer'
-    # out of a worker process
-    if 'InputError: ' in said: return said.splitlines()[-1].split('InputError: ')[-1]
-    # fastai adds lines of its own before it
-    return said.splitlines()[-1].strip() if isinstance(e, InputError) else ''
+    last = message.splitlines()[-1].strip() if message else '' # fastai adds lines before it
+    if 'InputError: ' in message: return last.split('InputError: ')[-1] # of a worker process
+    return last if isinstance(e, InputError) else ''
 
 # %% ../nbs/33_training.ipynb #fd5bfee5
 def _what_failed(e, run): # a sentence, '' for what is not known
@@ -215,7 +212,7 @@ def fine_tune(
     name:str, # name of the run
     freeze_epochs:int=RunOptions.freeze_epochs, # of each cycle before the last; groups are frozen
     epochs:int=RunOptions.epochs, # of the last cycle
-    base_lr:float=RunOptions.base_lr, # peak of the first cycles; the last peaks at half of it
+    base_lr:float=RunOptions.base_lr, # peak of the first cycle; later ones peak at half
     resume:bool=False, # resume the run of this name, or begin it
     *,
     runs:str|Path='runs', # folder of all runs
