@@ -1,4 +1,5 @@
 """What several processes send, and what an epoch costs."""
+import pytest
 from resnet_nbdev.scaling import allreduce_bench, epoch_cost
 
 from conftest import refuses
@@ -15,6 +16,7 @@ def test_cost_of_an_epoch():
 
 def test_two_processes():
     "They are started, add up tensors of four sizes, and end"
+    pytest.importorskip('accelerate', reason='an extra, not installed beside the wheel')
     refuses('parameters must be', allreduce_bench, 0)
     n, rates = allreduce_bench(1000, rounds=2)
     assert (n, rates.shape) == (2, (2, 4)) and (rates > 0).all(axis=None)
