@@ -179,9 +179,10 @@ class ToolOptions(Options):
     clip:float = option(0., 'largest norm of the gradient; 0: any', in_range(0))
     accumulate:int = option(0, 'images whose gradients are added up before a step; 0: one batch',
         whole_number())
-    precision:str = option('fp32', 'fp32, bf16, fp16, or auto, the best that the GPU has',
-        OneOf('precision', 'fp32', 'bf16', 'fp16', 'auto'))
-    channels_last:bool = option(False, "memory format of a GPU's convolutions")
+    precision:str|None = option(None, 'of products; auto: the fastest that the device has',
+        OneOf('precision', 'fp32', 'bf16', 'fp16', 'auto'),
+        unset='auto in commands and recipes, else fp32')
+    channels_last:bool = option(False, 'the channels of each pixel side by side; auto decides')
     compile:bool = option(False, 'torch.compile, which pays after many steps')
     ema:float = option(0., 'decay of a moving average of the weights, for example 0.999',
         in_range(0, 1))

@@ -44,19 +44,20 @@ RECIPES = dict(
     # PyTorch: Adam, 1e-3 for the head, which is half of base_lr; one cycle, a step a batch
     S5=dict(source='cub200', arch='resnet50', weights='imagenet', plan='stepped',
             freeze_epochs=0, epochs=10, base_lr=2e-3, top_k=5, wd=0., monitor='valid_loss'))
+for o in RECIPES.values(): o['precision'] = 'fp32' # as they were published
 RECIPES |= dict(
-    scratch=dict(RECIPES['S1'], resident=True, base_lr=4e-3, label_smoothing=0.1, wd=0.05,
-                 top_k=0),
-    places=dict(RECIPES['S2'], plan='discriminative', resident=True, freeze_epochs=1, epochs=4,
-                base_lr=1e-3, lr_mult=1000, ema=0.99, average=0),
+    scratch=dict(RECIPES['S1'], precision='auto', resident=True, base_lr=4e-3,
+                 label_smoothing=0.1, wd=0.05, top_k=0),
+    places=dict(RECIPES['S2'], plan='discriminative', precision='auto', resident=True,
+                freeze_epochs=1, epochs=4, base_lr=1e-3, lr_mult=1000, ema=0.99, average=0),
     mnist=dict(source='mnist', arch='cifar_resnet20', plan='all', resident=True,
                freeze_epochs=1, epochs=4, base_lr=1e-2),
     dogs=dict(source='stanford_dogs', arch='resnet50', weights='imagenet', plan='discriminative',
               resident=True, freeze_epochs=1, epochs=5, base_lr=2e-3, label_smoothing=0.1,
               top_k=5),
-    birds=dict(RECIPES['S5'], plan='discriminative', resident=True, freeze_epochs=3, epochs=10,
-               base_lr=1.5e-3, lr_mult=1000, label_smoothing=0.1, wd=0.01, ema=0.99,
-               monitor='accuracy'))
+    birds=dict(RECIPES['S5'], plan='discriminative', precision='auto', resident=True,
+               freeze_epochs=3, epochs=10, base_lr=1.5e-3, lr_mult=1000, label_smoothing=0.1,
+               wd=0.01, ema=0.99, monitor='accuracy'))
 
 # %% ../nbs/34_recipes.ipynb #83586ff5
 def find_recipe(recipe:str|dict) -> dict: # a copy
@@ -82,7 +83,7 @@ def complete_recipe(recipe:dict) -> dict:
         raise InputError('a recipe needs a source, the name of a dataset or a folder')
     conf = settings_of(source)
     return {**{k: conf[k] for k in ('arch', 'freeze_epochs', 'epochs', 'base_lr', 'bs')},
-            'plan': 'all', **recipe}
+            'plan': 'all', 'precision': 'auto', **recipe}
 
 # %% ../nbs/34_recipes.ipynb #b4b85a02
 def recipe_plan(r:dict): # `Plan`
@@ -125,7 +126,7 @@ def check_recipe(
     check_counts(0, workers=r.get('workers'))
     _check_network(r, recipe_plan(r))
     _check_monitor(tools, run)
-    pick_precision(tools.precision, device or 'cpu')
+    pick_precision(tools.precision or 'fp32', device or 'cpu')
 
 # %% ../nbs/34_recipes.ipynb #f8e8ea6b
 def _recipe_data(r, device): # DataLoaders

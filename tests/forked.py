@@ -137,7 +137,7 @@ def digits(tmp_path_factory):
 
 
 BASE = dict(arch='cifar_resnet8', plan='discriminative', presize=16, resize=16, bs=32, freeze_epochs=1, epochs=2,
-            base_lr=1e-2, ema=0.9, resident=True, seed=7)
+            base_lr=1e-2, ema=0.9, resident=True, precision='fp32', seed=7)
 STOCK = dict(resident=False, workers=0)
 
 

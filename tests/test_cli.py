@@ -236,7 +236,7 @@ WRONG = { # flags: what the sentence has
     '--recipe S6': "unknown recipe 'S6'", '--plan none': "unknown plan 'none'", '--bn eval': "'train' or 'frozen'",
     '--opt lion': "unknown optimizer 'lion'", '--schedule cosine': "unknown schedule 'cosine'",
     '--scale_lr cubic': "'cubic'", '--precision fp8': "unknown precision 'fp8'",
-    '--precision bf16 --device cpu': 'bf16 needs a GPU', '--progressive a,b': "progressive takes whole numbers",
+    '--precision fp16 --device cpu': 'fp16 needs a GPU', '--progressive a,b': "progressive takes whole numbers",
     '--progressive 96,,128': 'progressive takes whole numbers', '--progressive 0,64': 'progressive',
     '--progressive=-64,64': 'progressive', '--top_k -1': 'top_k must', '--monitor acuracy': "'acuracy'",
     '--monitor top_5 --top_k 3': "'top_5'", '--label_smoothing 1': 'label_smoothing must', '--mixup -1': 'mixup must',

@@ -10,6 +10,7 @@ import pytest
 import torch
 from resnet_nbdev import recipes, training
 from resnet_nbdev.data import get_data
+from resnet_nbdev.devices import pick_precision
 from resnet_nbdev.plans import PLANS
 from resnet_nbdev.recipes import RECIPES, run_recipe
 from resnet_nbdev.resnet import ARCHS
@@ -92,8 +93,9 @@ def test_every_recipe_trains(name, folder, tiny, monkeypatch, tmp_path):
     assert config['arguments'].items() >= {**RECIPES[name], **less}.items()
     assert {k: config[k] for k in ('average', 'monitor')} == \
         dict(average=RECIPES[name].get('average', 0), monitor=RECIPES[name].get('monitor', 'accuracy'))
-    for k in config['learner'].keys() & RECIPES[name].keys() - {'plan', 'weights', 'arch'} - less.keys():
+    for k in config['learner'].keys() & RECIPES[name].keys() - {'plan', 'weights', 'arch', 'precision'} - less.keys():
         assert config['learner'][k] == RECIPES[name][k], k
+    assert config['learner']['precision'] == pick_precision(RECIPES[name].get('precision', 'auto'), 'cpu')
     metrics = json.loads((learn.run_path/'metrics.json').read_text())
     assert metrics['status'] == 'finished' and metrics['epochs'] == sum(o['epochs'] for o in config['cycles'])
     averaged = RECIPES[name].get('ema') or RECIPES[name].get('average')
