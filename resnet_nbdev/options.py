@@ -138,6 +138,11 @@ def _arch(name, value): # PyTorch is imported only for a name that is given
     from resnet_nbdev.resnet import check_arch
     if isinstance(value, str): check_arch(value)
 
+# %% ../nbs/07_options.ipynb #5b6239ef
+class _Plan(OneOf): # its name, alone or behind probe+
+    def __call__(self, name, value):
+        if isinstance(value, str): super().__call__(name, value.removeprefix('probe+'))
+
 # %% ../nbs/07_options.ipynb #bd81a7fb
 @dataclass
 class NetworkOptions(Options):
@@ -147,12 +152,15 @@ class NetworkOptions(Options):
         _arch, unset="the dataset's")
     weights:str|None = option(None, 'imagenet, or a .safetensors or .pth file',
         unset='from scratch')
-    plan:str = option('all', 'which stages train, when, and how fast', OneOf('plan',
-        'all', 'head', 'late', 'cut', 'frozen', 'discriminative', 'stepped', 'gradual'))
+    plan:str = option('all', 'which stages train, when, and how fast; probe+NAME begins with a '
+        'probe', _Plan('plan', 'all', 'head', 'late', 'cut', 'frozen', 'probe', 'discriminative',
+                       'stepped', 'gradual'))
     bn:str|None = option(None, 'batch norm of frozen groups, train or frozen', unset="the plan's")
     cut:int|None = option(None, 'stages to keep; 0: all', whole_number(), unset="the plan's")
     hidden:int|None = option(None, 'units of a hidden layer in the head; 0: none',
         whole_number(), unset="the plan's")
+    taps:int|None = option(None, 'stages, counted from the last, whose averages the head reads; '
+        '0: the last', whole_number(), unset="the plan's")
     dropout:float|None = option(None, "share of the classifier's inputs that training leaves out",
         in_range(0, 1), unset="the plan's")
 

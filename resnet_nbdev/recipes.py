@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 import torch
 from fastai.vision.all import Learner, set_seed
-from .catalogue import settings_of
+from .catalogue import PLAIN, settings_of
 from .core import InputError, check_counts
 from .data import get_data
 from .devices import pick_precision
@@ -21,6 +21,7 @@ from .folders import free_name, run_path
 from .learner import name_of, resnet_learner
 from .options import DataOptions, NetworkOptions, RunOptions, ToolOptions, takes
 from .plans import Plan, build_network, find_plan, group_rates, stage_groups
+from .probes import feature_network
 from .resident import resident_data
 from .resnet import create_resnet
 from .training import fine_tune
@@ -82,6 +83,7 @@ def complete_recipe(recipe:dict) -> dict:
     if not (source or recipe.get('data')):
         raise InputError('a recipe needs a source, the name of a dataset or a folder')
     conf = settings_of(source)
+    if recipe.get('plan') == 'probe': recipe = {'augment': PLAIN, **recipe}
     return {**{k: conf[k] for k in ('arch', 'freeze_epochs', 'epochs', 'base_lr', 'bs')},
             'plan': 'all', 'precision': 'auto', **recipe}
 
@@ -96,7 +98,9 @@ def recipe_plan(r:dict): # `Plan`
 # %% ../nbs/34_recipes.ipynb #5e828cd6
 def _check_network(r, plan): # on PyTorch's meta device, which costs nothing
     with torch.device('meta'):
-        network = build_network(r['arch'], 2, None, plan.cut, plan.hidden, plan.dropout)
+        network = build_network(r['arch'], 2, None, plan.cut, plan.hidden, plan.dropout,
+                                plan.taps)
+        if plan.probe: feature_network(network)
         if r.get('weights') == 'imagenet': imagenet_name(create_resnet(r['arch'], 2))
     groups = len(stage_groups(network)) if plan.groups == 'stages' else 1
     if r.get('lr_mult') is None: group_rates(1., plan.lr_mult, groups)

@@ -105,7 +105,7 @@ def load_run(
         raise InputError(f'{path} is not the run of a network of this project on data from '
                          'get_data')
     tensors,plan = _run_file(path, config, weights),learner.get('plan') or {}
-    shape = {k: plan[k] for k in ('cut', 'hidden', 'dropout') if k in plan}
+    shape = {k: plan[k] for k in ('cut', 'hidden', 'dropout', 'taps') if k in plan}
     model = build_network(config['arch'], len(data['vocab']), **shape)
     return load_weights(model, tensors, strict=True).eval(), config
 

@@ -53,7 +53,8 @@ def test_precision_on_a_gpu(has, computer):
     if not has: refuses('no bf16', pick_precision, 'bf16', 'cuda')
 
 
-@pytest.mark.parametrize('words, has', [('flags: avx2 avx512_bf16', True), ('Features: asimd bf16', True), ('flags: avx2 avx512f', False)])
+@pytest.mark.parametrize('words, has', [('flags: avx2 avx512_bf16', True), ('Features: asimd bf16', True),
+                                        ('flags: avx2 avx512f', False)])
 def test_an_older_torch_asks_linux(words, has, monkeypatch):
     monkeypatch.delattr(torch.cpu, 'get_capabilities', raising=False)
     monkeypatch.setattr(Path, 'read_text', lambda _: words)
