@@ -58,10 +58,19 @@ def _own_settings(source, options): # what is not given is as the catalogue has 
     named = 'presize', 'resize', 'bs', 'augment', 'fit', 'stats'
     return replace(options, **{k: conf[k] for k in named if getattr(options, k) is None})
 
+# %% ../nbs/17_data.ipynb #290aed93
+def _hold_out(table, share): # training images only, some of them for validation
+    table = table[table.split == 'train'].reset_index(drop=True)
+    chosen = np.random.default_rng(0).permutation(len(table))[:int(share*len(table))]
+    if not len(chosen): raise InputError(f'holdout={share} of {len(table)} images is none')
+    table.loc[chosen, 'split'] = 'val'
+    return table
+
 # %% ../nbs/17_data.ipynb #2855a1a3
 # (table of readable images, how many are not, fingerprint)
 def _readable(folder, options, labels):
     table = read_images(folder, options.max_per_class, labels)
+    if options.holdout: table = _hold_out(table, options.holdout)
     scanned = scan_images(list(table['item']))
     _,bad,fingerprint = check_images(list(table['item']), options.strict, scanned)
     columns = scanned[['sha256', 'width', 'height']]

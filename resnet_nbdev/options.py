@@ -132,6 +132,8 @@ class DataOptions(Options):
         'means and deviations for normalisation: imagenet, none or own', unset="the dataset's")
     noise:int|None = option(None,
         'percentage of wrong training labels, from the CSV of Imagenette')
+    holdout:float = option(0., 'share of the training images to validate on, always the same; '
+        'validation and test images are not looked at', in_range(0, 1))
 
 # %% ../nbs/07_options.ipynb #3a9d37d7
 def _arch(name, value): # PyTorch is imported only for a name that is given

@@ -15,6 +15,7 @@ from resnet_nbdev.data import class_counts
 from resnet_nbdev.images import channel_stats
 from resnet_nbdev.inspection import check_data, plot_counts
 from resnet_nbdev.layouts import read_images
+from resnet_nbdev.resident import resident_data
 
 from conftest import make_folder, png, refuses
 from small_sets import CIFAR_NAMES, SHARED, archive_of, class_of, get_data, load_small
@@ -236,3 +237,19 @@ def test_file_that_goes_bad_after_the_check(folder):
     with pytest.raises(InputError) as e: list(dls.train)
     said = str(e.value).strip().splitlines()[-1]
     assert f'{folder}/train/' in said and '.png is no readable image' in said
+
+
+@pytest.mark.parametrize('load', [get_data, resident_data])
+def test_holdout(load, folder):
+    "Some training images in place of the validation images, which may be damaged; always the same ones"
+    whole = load(folder, 16, bs=4, presize=16, num_workers=1)
+    for f in (folder/'val').rglob('*.png'): f.write_bytes(b'bad')
+    one, two = (load(folder, 16, bs=4, presize=16, num_workers=1, holdout=.25) for _ in range(2))
+    assert one.valid_ds.items == two.valid_ds.items and (len(one.train_ds), len(one.valid_ds)) == (12, 4)
+    assert {*one.train_ds.items} | {*one.valid_ds.items} == {*whole.train_ds.items}
+    assert one.info['fingerprint'] != whole.info['fingerprint']
+
+
+def test_wrong_holdouts(folder):
+    refuses('holdout must be at least 0 and below 1', get_data, folder, holdout=1.)
+    refuses('holdout=0.01 of 16 images is none', get_data, folder, holdout=.01)
