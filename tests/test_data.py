@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import sys
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -239,12 +240,12 @@ def test_file_that_goes_bad_after_the_check(folder):
     assert f'{folder}/train/' in said and '.png is no readable image' in said
 
 
-@pytest.mark.parametrize('load', [get_data, resident_data])
+@pytest.mark.parametrize('load', [partial(get_data, resize=16), partial(resident_data, size=16)])
 def test_holdout(load, folder):
     "Some training images in place of the validation images, which may be damaged; always the same ones"
-    whole = load(folder, 16, bs=4, presize=16, num_workers=1)
+    whole = load(folder, bs=4, presize=16, num_workers=1)
     for f in (folder/'val').rglob('*.png'): f.write_bytes(b'bad')
-    one, two = (load(folder, 16, bs=4, presize=16, num_workers=1, holdout=.25) for _ in range(2))
+    one, two = (load(folder, bs=4, presize=16, num_workers=1, holdout=.25) for _ in range(2))
     assert one.valid_ds.items == two.valid_ds.items and (len(one.train_ds), len(one.valid_ds)) == (12, 4)
     assert {*one.train_ds.items} | {*one.valid_ds.items} == {*whole.train_ds.items}
     assert one.info['fingerprint'] != whole.info['fingerprint']
