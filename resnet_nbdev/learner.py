@@ -69,17 +69,24 @@ class MaxNorm(Callback):
             if isinstance(m, (nn.Conv2d, nn.Linear)) and m.weight.requires_grad:
                 m.weight.copy_(torch.renorm(m.weight, 2, 0, self.limit))
 
-# %% ../nbs/24_learner.ipynb #dfba37eb
+# %% ../nbs/24_learner.ipynb #d43dc1fa
 class ProgressiveSize(Callback):
     "Training images at growing sizes, among which each cycle is divided evenly"
     order,run_valid = -5,False
     def __init__(self, sizes): self.sizes = list(sizes)
+    def size_at(self, pct): # the part of the cycle that is done
+        return self.sizes[min(int(pct*len(self.sizes) + 1e-6), len(self.sizes) - 1)]
+    def before_train(self): # the resident loader makes them small at once
+        done,steps = self.epoch/self.n_epoch,len(self.dl)*self.n_epoch
+        if hasattr(self.dl, 'size_of'): self.dl.size_of = lambda k: self.size_at(done + k/steps)
     def before_batch(self):
-        size = self.sizes[min(int(self.pct_train*len(self.sizes)), len(self.sizes)-1)]
-        if size != self.x.shape[-1]:
+        size = self.size_at(self.pct_train)
+        if size < self.x.shape[-1]:
             smaller = F.interpolate(self.x, size=size, mode='bilinear', antialias=True,
                                     align_corners=False)
             self.learn.xb = (smaller, *self.xb[1:])
+    def after_fit(self):
+        if hasattr(self.dls.train, 'size_of'): self.dls.train.size_of = None
 
 # %% ../nbs/24_learner.ipynb #dc33d06d
 def top_accuracy_of(k:int, classes:int): # a fastai metric called top_k
@@ -169,11 +176,14 @@ def _network(dls, arch, weights, plan): # a network by its name, or a model as i
     if weights is not None: load_weights(arch, weights)
     return arch
 
-# %% ../nbs/24_learner.ipynb #7f189acf
+# %% ../nbs/24_learner.ipynb #f6785926
 def _check_sizes(model, dls, progressive): # before training
+    size = getattr(dls, 'info', {}).get('resize')
+    if size and max(progressive, default=0) > size:
+        raise InputError(f'progressive has {max(progressive)} pixels, and the images {size}: '
+                         'choose a larger resize')
     if not isinstance(model, ResNet): return
-    sizes = getattr(dls, 'info', {}).get('resize'), *progressive
-    for o in filter(None, sizes): model.check_size(o, o)
+    for o in filter(None, (size, *progressive)): model.check_size(o, o)
 
 # %% ../nbs/24_learner.ipynb #fc2b8884
 @takes(NetworkOptions, ToolOptions)

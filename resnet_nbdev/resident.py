@@ -221,7 +221,8 @@ def _training_batch(resident, items, rows, rng, share): # (images, tasks that fi
     if isinstance(r.squares, torch.Tensor) and all(o >= 0 for o in rows):
         return warp_torch(r.squares[rows], H, drawn, r.size, side, r.stats, **edges), ()
     T = lookup_tables(drawn, r.stats)
-    def fill(j, out): warp_cv2(r.square(items[j], rows[j]), H[j], T[j], out, side, **edges)
+    def fill(j, out):
+        warp_cv2(r.square(items[j], rows[j]), H[j], T[j], out, side, **edges, size=r.size)
     return share(len(items), fill)
 
 # %% ../nbs/19_resident.ipynb #a1039149
@@ -256,9 +257,10 @@ class _Batches:
 
     def _start(self, k, ids, pool): # (images, tasks that fill them, targets) of the k-th batch
         items,rows = [self.dataset.items[i] for i in ids],[self.rows[i] for i in ids]
-        r = self.resident
-        share = partial(_fill_in_threads, size=r.size, threads=self.threads, pool=pool)
-        if self.dataset.split_idx: batch = _valid_batch(r, items, rows, share)
+        r,is_valid = self.resident,self.dataset.split_idx
+        size = r.size if is_valid or self.size_of is None else min(self.size_of(k), r.size)
+        share = partial(_fill_in_threads, size=size, threads=self.threads, pool=pool)
+        if is_valid: batch = _valid_batch(r, items, rows, share)
         else:
             rng = np.random.default_rng([self.draw_seed, rank_distrib(), k])
             batch = _training_batch(r, items, rows, rng, share)
@@ -281,6 +283,7 @@ class ResidentDL(_Batches, TfmdDL):
         self.resident,self.threads = resident,threads
         self.rows = [resident.find(o) for o in dataset.items]
         self.draw_seed = 0
+        self.size_of = None # or a function: number of the batch -> side of its images, if smaller
 
     def new(self, dataset=None, cls=None, **kwargs):
         kept = dict(resident=self.resident, threads=self.threads)

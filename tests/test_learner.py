@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fastai.vision.all import Callback, set_seed
 from resnet_nbdev.learner import resnet_learner
 from resnet_nbdev.plans import plan_cycles, run_cycle
+from resnet_nbdev.resident import resident_data
 from torch import nn
 
 from conftest import refuses
@@ -99,6 +100,27 @@ def test_progressive_sizes():
     sizes['train'].clear()
     fit(learn, 1, 1e-3)
     assert sizes['train'] == [(8, 8)]*2 + [(12, 12)]*2 + [(16, 16)]*2, 'each cycle anew'
+
+
+@pytest.mark.parametrize('threads', [1, 3])
+def test_the_resident_loader_makes_small_images_at_once(threads, folder):
+    "Averages of its full ones; after the training its own size again"
+    made = {}
+    for small in (8, 16):
+        dls = resident_data(folder, 16, 4, presize=20, num_workers=threads, augment=dict(max_lighting=0.))
+        batches = made.setdefault(small, [])
+        learn = learner(dls=dls, progressive=(small, 16), cbs=Watch(
+            'before_batch', lambda l: l.training and batches.append(l.x.as_subclass(torch.Tensor).clone()), -50))
+        fit(learn, 2, 1e-3)
+        assert dls.one_batch()[0].shape[-1] == 16
+    for i, (one, two) in enumerate(zip(made[8], made[16], strict=True)):
+        want = nn.functional.avg_pool2d(two, 2) if i < 4 else two
+        torch.testing.assert_close(one, want, rtol=0, atol=0.02)
+
+
+def test_no_size_above_that_of_the_images(folder):
+    refuses('progressive has 24 pixels, and the images 16', learner, dls=resident_data(folder, 16, 4, presize=20),
+            progressive=(8, 24))
 
 
 class Plain(nn.Module):
