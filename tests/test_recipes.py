@@ -1,6 +1,7 @@
 """Recipes: every choice arrives, is recorded and can be changed."""
 import inspect
 import json
+import re
 import zipfile
 from functools import wraps
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from resnet_nbdev import recipes, training
 from resnet_nbdev.data import get_data
 from resnet_nbdev.devices import pick_precision
 from resnet_nbdev.plans import PLANS
-from resnet_nbdev.recipes import RECIPES, run_recipe
+from resnet_nbdev.recipes import RECIPES, about, run_recipe
 from resnet_nbdev.resnet import ARCHS
 from resnet_nbdev.runs import load_run
 from safetensors.torch import load_file
@@ -39,6 +40,7 @@ def handed(monkeypatch):
     watch(recipes, 'resident_data', dls)
     watch(recipes, 'resnet_learner', SimpleNamespace())
     watch(recipes, 'fine_tune', None)
+    monkeypatch.setattr(recipes, '_say_start', lambda *_: None)
     return got
 
 
@@ -100,6 +102,25 @@ def test_every_recipe_trains(name, folder, tiny, monkeypatch, tmp_path):
     assert metrics['status'] == 'finished' and metrics['epochs'] == sum(o['epochs'] for o in config['cycles'])
     averaged = RECIPES[name].get('ema') or RECIPES[name].get('average')
     assert (learn.run_path/'average.safetensors').exists() == bool(averaged)
+
+
+def test_says_what_it_trains_and_how_long_that_takes(folder, tiny, tmp_path, capsys):
+    "At the start, and not where it goes on; drawing no random number and moving no weight"
+    recipe = dict(data=str(folder), arch='tiny', plan='discriminative', presize=32, resize=32, bs=4, epochs=1,
+                  freeze_epochs=1, workers=0)
+    runs = [run_recipe(recipe, name, runs=tmp_path, json_lines=quiet).model.state_dict()
+            for name, quiet in (('loud', False), ('quiet', True))]
+    assert same(*runs)
+    assert re.match(r'16 training and 8 validation images of 2 classes, 32 px, tiny from scratch on cpu in (bf16|fp32): a few '
+                    'seconds\n', capsys.readouterr().out)
+    run_recipe(recipe, 'loud', resume=True, runs=tmp_path)
+    assert 'seconds\n' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('seconds, said', [
+    (.1, 'a few seconds'), (5, 'about 10 seconds'), (33, 'about 30 seconds'), (89, 'about 90 seconds'),
+    (90, 'about 2 minutes'), (5000, 'about 83 minutes'), (86400, 'about 24.0 hours')])
+def test_about(seconds, said): assert about(seconds) == said
 
 
 def test_wrong_recipes(tmp_path, monkeypatch):
