@@ -177,7 +177,7 @@ def _sizes(name, value):
 class ToolOptions(Options):
     "Loss, optimizer, what is done to batches and gradients, and how the machine computes"
     opt:str|None = option(None, 'optimizer',
-        OneOf('optimizer', 'adam', 'sgd', 'rmsprop', 'ranger'), unset='adam')
+        OneOf('optimizer', 'adam', 'sgd', 'nesterov', 'rmsprop', 'ranger'), unset='adam')
     wd:float|None = option(None, 'weight decay', in_range(0), unset="the optimizer's")
     label_smoothing:float = option(0.,
         'share of the target that goes to all classes alike (Szegedy et al. 2015, section 7)',
@@ -227,11 +227,11 @@ class ScheduleOptions(Options):
     base_lr:float = option(5e-4,
         'peak rate of the first cycle; later ones peak at half of it', positive_number)
     schedule:str = option('one_cycle',
-        'up and down (Smith 2018), flat and then down by a cosine, or flat',
-        OneOf('schedule', 'one_cycle', 'flat_cos', 'flat'))
+        'up and down (Smith 2018), the same in straight lines, flat and then down by a cosine, '
+        'or flat', OneOf('schedule', 'one_cycle', 'linear', 'flat_cos', 'flat'))
     pct_start:float|None = option(None, 'share of the last cycle before its rate falls',
         _share, unset='0.3, flat_cos: 0.75')
-    div:float = option(5., 'peak rate of the last cycle over its first one; of one_cycle',
+    div:float = option(5., 'peak rate of the last cycle over its first one, where it rises',
         positive_number)
     lr_mult:float|tuple|None = option(None,
         'rate of the head over that of the stem in the last cycle',

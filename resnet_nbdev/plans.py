@@ -10,7 +10,8 @@ __all__ = ['PLANS', 'SCHEDULES', 'stage_groups', 'build_network', 'Plan', 'find_
 from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
 import numpy as np, pandas as pd, torch
-from fastai.vision.all import Learner, even_mults, params
+from fastai.vision.all import Learner, ParamScheduler, SchedLin, combine_scheds, even_mults
+from fastai.vision.all import params
 from torch import nn
 from .core import InputError
 from .distributed import unwrap_ddp
@@ -156,10 +157,11 @@ def _cycle(i, plan, o, n): # the i-th cycle of a plan as plain values
     lr_mult = plan.lr_mult if o.lr_mult is None else o.lr_mult
     rates = [o.base_lr/10]*(n-1) + [o.base_lr] if opens else group_rates(o.base_lr/2, lr_mult, n)
     pct_start = o.pct_start
-    if pct_start is None: pct_start = 0.3 if o.schedule == 'one_cycle' else 0.75
+    rises = o.schedule in ('one_cycle', 'linear')
+    if pct_start is None: pct_start = 0.3 if rises else 0.75
     return dict(trains_from=max(first + n, 0) if first < 0 else min(first, n-1),
                 epochs=o.epochs if is_last else o.freeze_epochs, rates=rates, kind=o.schedule,
-                pct_start=0.99 if opens and o.schedule == 'one_cycle' else pct_start,
+                pct_start=0.99 if opens and rises else pct_start,
                 div=25. if opens else o.div)
 
 # %% ../nbs/23_plans.ipynb #a176cb0b
@@ -191,12 +193,18 @@ def _one_cycle(learn, o, cbs):
     learn.fit_one_cycle(o['epochs'], np.array(o['rates']), pct_start=o['pct_start'],
                         div=o['div'], cbs=cbs)
 
+def _linear(learn, o, cbs):
+    peak,share = np.array(o['rates']),o['pct_start']
+    lr = combine_scheds([share, 1-share], [SchedLin(peak/o['div'], peak), SchedLin(peak, 0*peak)])
+    learn.fit(o['epochs'], cbs=[ParamScheduler({'lr': lr}), *(cbs or [])])
+
 def _flat_cos(learn, o, cbs):
     learn.fit_flat_cos(o['epochs'], np.array(o['rates']), pct_start=o['pct_start'], cbs=cbs)
 
 def _flat(learn, o, cbs): learn.fit(o['epochs'], np.array(o['rates']), cbs=cbs)
 
-SCHEDULES = dict(one_cycle=_one_cycle, flat_cos=_flat_cos, flat=_flat) # how a cycle is fitted
+# how a cycle is fitted
+SCHEDULES = dict(one_cycle=_one_cycle, linear=_linear, flat_cos=_flat_cos, flat=_flat)
 
 # %% ../nbs/23_plans.ipynb #74b2a893
 def run_cycle(learn:Learner, cycle:dict, cbs=None):

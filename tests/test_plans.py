@@ -222,7 +222,7 @@ FITS = dict(one_cycle=[lambda l, lr: l.fit_one_cycle(1, lr, pct_start=0.99),
             flat=[lambda l, lr: l.fit(1, lr), lambda l, lr: l.fit(2, lr)])
 
 
-@pytest.mark.parametrize('kind', SCHEDULES)
+@pytest.mark.parametrize('kind', FITS)
 def test_schedules_are_fits_of_fastai(kind):
     def theirs(learn):
         learn.freeze_to(-1)
@@ -230,6 +230,19 @@ def test_schedules_are_fits_of_fastai(kind):
         learn.unfreeze()
         FITS[kind][1](learn, slice(5e-5, 5e-3))
     assert same(end(ours(1, 2, 1e-2, schedule=kind), plan='discriminative'), end(theirs, plan='discriminative'))
+
+
+def test_every_schedule_is_tested(): assert {*FITS, 'linear'} == SCHEDULES.keys()
+
+
+def test_straight_up_and_straight_down_to_zero():
+    "In each group, at every step"
+    learn = learner(plan='discriminative', dls=toy(n=20, bs=2, valid=2, size=16), cbs=Rates())
+    cycle = plan_cycles(learn, 0, 2, 1e-2, schedule='linear', pct_start=.25, div=4.)[0]
+    run_cycle(learn, cycle)
+    at = np.arange(20)/20
+    shape = np.where(at < .25, .25 + .75*at/.25, (1 - at)/.75)
+    np.testing.assert_allclose(learn.rates.seen, shape[:, None]*np.array(cycle['rates']), rtol=1e-6)
 
 
 def test_no_frozen_epochs():

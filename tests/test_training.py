@@ -128,7 +128,8 @@ VARIANTS = dict(
     workers=(dict(resident=False, workers=2), [('training 2', 3), ('validation 3', 1)]),
     flat_cos=(dict(schedule='flat_cos', label_smoothing=0.1, wd=0.1), [('training 3', 3)]),
     progressive=(dict(progressive='8,16', epochs=4), [('training 3', 2), ('training 5', 1)]),
-    bf16=(dict(precision='bf16', channels_last=True, opt='sgd'), [('training 2', 2), ('validation 2', 2)]),
+    bf16=(dict(precision='bf16', channels_last=True, opt='nesterov', schedule='linear'), [
+        ('training 2', 2), ('validation 2', 2)]),
     gradual=(dict(plan='gradual', epochs=1), [BETWEEN, BETWEEN, ('before replace state.safetensors', 1), BETWEEN]),
     frozen=(dict(plan='head', bn='frozen', top_k=3, monitor='valid_loss'), [BETWEEN, ('training 3', 3)]))
 QUICK = 'average', 'accumulate', 'patience', 'ranger', 'workers', 'gradual', 'bf16'
