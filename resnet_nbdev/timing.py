@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['in_turns', 'paired_seconds', 'quartiles', 'ratio', 'model_seconds', 'ceilings', 'loader_rates', 'stage_calls',
-           'evict', 'loader_bench', 'plot_rates', 'learner_rate', 'train_bench', 'compile_bench', 'break_even']
+           'evict', 'loader_bench', 'plot_rates', 'learner_rate', 'train_bench', 'compile_bench', 'break_even',
+           'precision_bench']
 
 # %% ../nbs/61_timing.ipynb #7680e035
 import math, mmap, os, tempfile, time
@@ -13,11 +14,12 @@ from functools import partial
 from unittest.mock import patch
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, torch
 from fastai.vision.all import Callback, CancelFitException, ChannelsLast, CrossEntropyLossFlat
-from fastai.vision.all import DataLoaders, Learner, MixedPrecision
+from fastai.vision.all import DataLoaders, Learner
 from .agreement import same_networks
 from .core import InputError, check_counts
 from .data import get_data
 from .images import open_image
+from .learner import mixed_precision
 from .resident import resident_data
 from .resnet import create_resnet
 from .warps import draw_augment, homographies, lookup_tables, warp_cv2
@@ -87,19 +89,22 @@ def model_seconds(
     nets = same_networks(arch, 1000)
     return paired_seconds({k: _forward_backward(o.to(device), x) for k,o in nets.items()}, rounds)
 
-# %% ../nbs/61_timing.ipynb #fc2d3e49
+# %% ../nbs/61_timing.ipynb #387ab529
 def ceilings(
     device='cpu',
     n:int=2048, # height and width of the matrices
     megabytes:int=256, # of the memory that is copied
     rounds:int=5 # see `in_turns`
-) -> dict: # flops: operations/s of a float32 matrix product; copy: bytes/s
+) -> dict: # flops, flops_bf16: operations/s of a matrix product; copy: bytes/s
     "The best of several rounds"
     a,b = (torch.randn(n, n, device=device) for _ in range(2))
+    c,d = a.bfloat16(),b.bfloat16()
     x = torch.empty(megabytes << 20, dtype=torch.uint8, device=device)
     y = torch.zeros_like(x)
-    best = paired_seconds(dict(flops=lambda: a @ b, copy=lambda: y.copy_(x)), rounds).min()
-    return dict(flops=2*n**3/best['flops'], copy=len(x)/best['copy'])
+    best = paired_seconds(dict(flops=lambda: a @ b, flops_bf16=lambda: c @ d,
+                               copy=lambda: y.copy_(x)), rounds).min()
+    return {'flops': 2*n**3/best['flops'], 'flops_bf16': 2*n**3/best['flops_bf16'],
+            'copy': len(x)/best['copy']}
 
 # %% ../nbs/61_timing.ipynb #2e4129a9
 def loader_rates(
@@ -239,11 +244,11 @@ def learner_rate(
     dls:DataLoaders,
     model:torch.nn.Module,
     batches:int=8, # that are timed, after a first one
-    bf16:bool=False # bfloat16 and channels_last, for a GPU
+    bf16:bool=False # bfloat16 and channels_last
 ) -> float: # images/s
     "How fast a `Learner` trains: loader, both passes and the optimizer's step"
     clock = _BatchClock(batches)
-    fast = [MixedPrecision(amp_mode='bf16'), ChannelsLast()] if bf16 else []
+    fast = [mixed_precision('bf16', dls.device or 'cpu'), ChannelsLast()] if bf16 else []
     learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), cbs=[clock, *fast])
     with learn.no_bar(), learn.no_logging(): learn.fit(100, 1e-4)
     times = clock.times[:batches + 1]
@@ -261,7 +266,7 @@ def train_bench(
     workers:int=2, # processes of the stock loader, threads of the resident one
     max_per_class:int=150, # images of each class that are used
     device='cpu',
-    bf16:bool=False # bfloat16 and channels_last, for a GPU
+    bf16:bool=False # bfloat16 and channels_last
 ) -> pd.DataFrame: # images/s: a row for each round; fixed batch, resident, stock ...
     "Training with each loader and library beside training on one batch that lies ready, in turns"
     stock,resident = _both_loaders(source, presize, size, bs, workers, max_per_class, device)
@@ -274,12 +279,14 @@ def train_bench(
     return in_turns({'fixed batch': rate(fixed, ours), 'resident': rate(resident, ours),
                      'stock': rate(stock, ours), **others, 'resident alone': alone}, rounds)
 
-# %% ../nbs/61_timing.ipynb #f575e030
-def _training_step(model, run, x, y): # a function; `run` is the model, perhaps compiled
-    opt = torch.optim.SGD(model.parameters(), 1e-3)
+# %% ../nbs/61_timing.ipynb #fa71dbb6
+# a function; `run` is the model, perhaps compiled
+def _training_step(model, run, x, y, bf16=False):
+    opt = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     def step():
         opt.zero_grad()
-        torch.nn.functional.cross_entropy(run(x), y).backward()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): out = run(x)
+        torch.nn.functional.cross_entropy(out.float(), y).backward()
         opt.step()
     return step
 
@@ -319,3 +326,24 @@ def break_even(
 ) -> int|None: # None: never
     "The number of steps after which compiling has paid for itself"
     return math.ceil(seconds/saved) if saved > 0 else None
+
+# %% ../nbs/61_timing.ipynb #084dc1f0
+def precision_bench(
+    arch:str='resnet18', # as in `create_resnet`
+    size:int=64, # height and width of the images in pixels
+    bs:int=64, # images in a batch
+    rounds:int=5, # see `paired_seconds`
+    device='cpu'
+) -> pd.DataFrame: # seconds of a step: a row for each round; fp32, ..., 'bf16, channels_last'
+    "A training step by precision and memory format, in turns"
+    check_counts(size=size, bs=bs, rounds=rounds)
+    net = create_resnet(arch, 10).to(device)
+    net.check_size(size, size)
+    x,y = torch.randn(bs, 3, size, size, device=device),torch.randint(10, (bs,), device=device)
+    steps = {}
+    for bf16 in (False, True):
+        for order in (torch.contiguous_format, torch.channels_last):
+            model = deepcopy(net).to(memory_format=order)
+            name = ('bf16' if bf16 else 'fp32') + ', channels_last'*(order == torch.channels_last)
+            steps[name] = _training_step(model, model, x.to(memory_format=order), y, bf16)
+    return paired_seconds(steps, rounds)
