@@ -118,6 +118,7 @@ def run_identity(config:dict) -> dict:
             'sync_bn',
             'callbacks', 'workers', 'data')
     same = {k: config.get(k) for k in keys}
+    same['valid_every'] = config.get('valid_every', 1)
     # where a copy lies, and where pixels are held, changes nothing
     if isinstance(same['data'], dict):
         same['data'] = {k: v for k,v in same['data'].items() if k not in ('name', 'hold')}

@@ -243,6 +243,8 @@ class RunOptions(ScheduleOptions):
     "The schedule of a run, what counts as best, and what is written"
     monitor:str|None = option(None, 'metric of the best epoch',
         unset='accuracy, or valid_loss without one')
+    valid_every:int = option(1, 'validate after the first epoch, after every so many, and after '
+        'the last of each cycle', whole_number(1))
     patience:int = option(0, 'end a cycle after so many epochs without a better one; 0: never',
         whole_number())
     average:int = option(0, 'average the weights of so many last epochs; 0: none', whole_number())

@@ -64,6 +64,12 @@ RECIPES |= dict(
     birds=dict(RECIPES['S5'], plan='discriminative', precision='auto', resident=True,
                freeze_epochs=3, epochs=10, base_lr=1.5e-3, lr_mult=1000, label_smoothing=0.1,
                wd=0.01, ema=0.99, monitor='accuracy'))
+# for two cores: chosen on a tenth of the training images
+RECIPES['quick'] = dict(
+    source='imagenette_160', arch='resnet20d', plan='all', resident=True, presize=160, resize=144,
+    augment=dict(PLAIN, hflip=0.5, min_scale=0.35), bs=32, opt='nesterov', wd=5e-3,
+    label_smoothing=0.1, schedule='linear', pct_start=0.2, div=25, freeze_epochs=0, epochs=28,
+    base_lr=0.3, progressive=[64]*11 + [96]*11 + [112]*6, valid_every=7)
 
 # %% ../nbs/34_recipes.ipynb #83586ff5
 def find_recipe(recipe:str|dict) -> dict: # a copy
@@ -162,13 +168,13 @@ def _freeze_copy(model, cycle): # as the learner's network will be in this cycle
 # %% ../nbs/34_recipes.ipynb #a9efb579
 def _step_seconds(learn, cycle, size): # of a training step, for each image
     device = torch.device(learn.dls.device or 'cpu')
-    n = min(learn.dls.train.bs, 200*64**2//size**2 + 1)
+    n = max(min(learn.dls.train.bs, 16*144**2//size**2), 2)
     model = deepcopy(unwrap_ddp(learn.model)).to(device).train()
     _freeze_copy(model, cycle)
     with torch.random.fork_rng(devices=[]):
-        x = torch.randn(max(n, 2), 3, size, size, device=device)
+        x = torch.randn(n, 3, size, size, device=device)
         y = torch.randint(len(learn.dls.vocab), (len(x),), device=device)
-        for _ in range(3): # the first one is slower
+        for _ in range(2): # the first one is slower
             start = time.perf_counter()
             with learner_autocast(learn): out = model(x)
             learn.loss_func(out.float(), y).backward()
@@ -176,22 +182,21 @@ def _step_seconds(learn, cycle, size): # of a training step, for each image
             seconds = time.perf_counter() - start
     return seconds/len(x)
 
-# %% ../nbs/34_recipes.ipynb #a989e0cf
+# %% ../nbs/34_recipes.ipynb #37f341a7
 def training_seconds(
     learn:Learner, # with data from `get_data`
-    cycles:list # from `plan_cycles`
+    cycles:list, # from `plan_cycles`
+    valid_every:int=1 # as in `RunOptions`
 ) -> float:
-    "About how long these cycles will take, from a few steps of a copy of the network"
-    dls,found = learn.dls,0.
-    size = dls.info['resize']
-    valid = len(dls.valid.dataset)/3
+    "About how long these cycles will take, from a step of a copy of the network"
+    images,looks = len(learn.dls.train.dataset),len(learn.dls.valid.dataset)/3
+    size,found = learn.dls.info['resize'],0.
+    sizes = learn.options['progressive'] or [size]
+    share = sum(o**2 for o in sizes)/len(sizes)/size**2 # of the pixels
     for cycle in cycles:
-        per_image = {o: _step_seconds(learn, cycle, o)
-                     for o in {size, *learn.options['progressive']}}
-        sizes = learn.options['progressive'] or [size]
-        trained = sum(per_image[o] for o in sizes)/len(sizes)*len(dls.train.dataset)
-        if cycle['kind'] == 'probe': trained = per_image[size]*len(dls.train.dataset)
-        found += cycle['epochs']*(trained + valid*per_image[size])
+        seconds,epochs = _step_seconds(learn, cycle, size),cycle['epochs']
+        if cycle['kind'] == 'probe': epochs = 1/3 # forwards only
+        found += seconds*(epochs*images*share + (int(epochs)//valid_every + 1)*looks)
     return found
 
 # %% ../nbs/34_recipes.ipynb #70c89a80
@@ -208,7 +213,10 @@ def _say_start(r, learn, device, resume):
     start = f"with {name_of(r['weights'])} weights" if r.get('weights') else 'from scratch'
     others = f' and {ranks()-1} more' if ranks() > 1 else ''
     schedule = {k: r[k] for k in ScheduleOptions.names() if k in r}
-    time = '' if resume else f': {about(training_seconds(learn, plan_cycles(learn, **schedule)))}'
+    time = ''
+    if not resume:
+        cycles = plan_cycles(learn, **schedule)
+        time = ': ' + about(training_seconds(learn, cycles, r.get('valid_every', 1)))
     print(f"{info['train']:,} training and {info['val']:,} validation images of "
           f"{len(learn.dls.vocab)} classes, {info['resize']} px, {r['arch']} {start} on "
           f"{device}{others} in {precision}{time}", flush=True)

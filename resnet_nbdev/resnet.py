@@ -71,6 +71,9 @@ ARCHS |= {f'{f.__name__}_v1': partial(f, stride_on='1x1')
 ARCHS |= {f'preact_{f.__name__}': partial(f, block=PreActBlock) for f in (resnet18, resnet34)}
 ARCHS |= {n: partial(_family, n) for n in PUBLISHED if n not in ARCHS}
 ARCHS |= {f'cifar_resnet{d}': partial(cifar_resnet, d) for d in (8, 20, 32, 44, 56, 110)}
+# three stages, which smaller images are enough for, and residual branches that start at zero
+ARCHS['resnet20d'] = partial(custom_resnet, [2,3,4], [64,128,256], stem='deep', shortcut_kind='D',
+                             zero_init=True)
 
 # %% ../nbs/05_resnet.ipynb #17e871eb
 def check_arch(arch:str):

@@ -23,7 +23,8 @@ from .networks import ResNet
 from .options import RunOptions, takes
 from .plans import plan_cycles, run_cycle
 from .predictions import plot_predictions
-from .recorder import Checkpointer, Reporter, RunRecorder, plot_history, save_figure
+from .recorder import Checkpointer, Reporter, RunRecorder, SkipValidation
+from .recorder import plot_history, save_figure
 from .weights import load_weights
 
 # %% ../nbs/33_training.ipynb #b141157c
@@ -63,7 +64,8 @@ def run_config(
     return as_plain(dict(
         name=name, created=now, arguments=arguments, arch=getattr(learn, 'arch', None),
         learner=getattr(learn, 'options', dict(opt=name_of(learn.opt_func))), cycles=cycles,
-        monitor=monitor, average=o.average, patience=o.patience, seed=arguments.get('seed'),
+        monitor=monitor, average=o.average, patience=o.patience,
+        valid_every=o.valid_every, seed=arguments.get('seed'),
         ranks=ranks(), sync_bn=o.sync_bn, scale_lr=rule if ranks() > 1 else None,
         callbacks=[cb.name for cb in learn.cbs if cb.name != 'progress'],
         workers=None if hasattr(dl, 'resident') else dl.fake_l.num_workers,
@@ -147,8 +149,10 @@ def _end(run, status): # a full disk must not hide what went wrong first
 # %% ../nbs/33_training.ipynb #dba5cdc0
 def _train(learn, run, o, cbs):
     board = open_tensorboard(run.path, 1) if o.tensorboard and is_main() else None
-    recorder,reporter = RunRecorder(run.rows),Reporter(run, o.json_lines, board)
-    watching = [recorder, Checkpointer(run, recorder, reporter), *np.atleast_1d(cbs or [])]
+    recorder,reporter = RunRecorder(run.rows, o.valid_every),Reporter(run, o.json_lines, board)
+    skip = [SkipValidation()] if o.valid_every > 1 else []
+    ours = [recorder, *skip, Checkpointer(run, recorder, reporter)]
+    watching = [*ours, *np.atleast_1d(cbs or [])]
     try:
         if is_main() and run.state: reporter.catch_up()
         with learn.added_cbs(watching), together(learn, o.sync_bn):

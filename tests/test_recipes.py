@@ -88,15 +88,16 @@ def test_every_recipe_trains(name, folder, tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(training, 'plot_predictions', lambda *_: plt.figure())
     weights_of('tiny', tmp_path/'a.safetensors')
     less = dict(arch='tiny', data=str(folder), presize=32, resize=32, bs=4, epochs=1, workers=0)
-    for k, v in dict(weights=str(tmp_path/'a.safetensors'), top_k=2, freeze_epochs=1).items():
+    for k, v in dict(weights=str(tmp_path/'a.safetensors'), top_k=2, freeze_epochs=1, progressive=[32]).items():
         if RECIPES[name].get(k): less[k] = v
     learn = run_recipe(name, 'mine', runs=tmp_path/'runs', device='cpu', json_lines=True, **less)
     config = json.loads((tmp_path/'runs'/'mine'/'config.json').read_text())
     assert config['arguments'].items() >= {**RECIPES[name], **less}.items()
     assert {k: config[k] for k in ('average', 'monitor')} == \
         dict(average=RECIPES[name].get('average', 0), monitor=RECIPES[name].get('monitor', 'accuracy'))
-    for k in config['learner'].keys() & RECIPES[name].keys() - {'plan', 'weights', 'arch', 'precision'} - less.keys():
+    for k in config['learner'].keys() & RECIPES[name].keys() - {'plan', 'weights', 'arch', 'precision', 'opt'} - less.keys():
         assert config['learner'][k] == RECIPES[name][k], k
+    assert RECIPES[name].get('opt', 'Adam') in config['learner']['opt']
     assert config['learner']['precision'] == pick_precision(RECIPES[name].get('precision', 'auto'), 'cpu')
     metrics = json.loads((learn.run_path/'metrics.json').read_text())
     assert metrics['status'] == 'finished' and metrics['epochs'] == sum(o['epochs'] for o in config['cycles'])

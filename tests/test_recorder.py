@@ -9,13 +9,15 @@ import pytest
 import torch
 from fastai.vision.all import Callback, Learner
 from resnet_nbdev.data import get_data
+from resnet_nbdev.recorder import is_patience_over
 from resnet_nbdev.resnet import create_resnet
-from resnet_nbdev.runs import load_run
+from resnet_nbdev.runs import compare_runs, load_run
 from resnet_nbdev.training import fine_tune
 from safetensors.torch import load_file
 
+from conftest import refuses
 from forked import COLUMNS, epoch_of, go_on, history, read
-from toys import named, same
+from toys import learner, named, same
 
 
 def test_history_and_metrics_agree(digits_run):
@@ -105,3 +107,27 @@ def test_no_json_line_twice(tune, tmp_path):
 def test_json_of_a_finished_run(tune, whole, tmp_path):
     shutil.copytree(whole(), tmp_path/'runs'/'mine')
     assert not lines(go_on(tune, tmp_path/'runs'/'mine', json=True)), 'it has no further epoch'
+
+
+# validated now and then
+
+def test_validated_after_the_first_epoch_every_so_many_and_the_last(tmp_path):
+    "Rows of the others have no validation figures, and none of them is the best"
+    def start(name, **kw):
+        made = learner(dls=get_data('digits', max_per_class=8, bs=16, num_workers=0), plan='discriminative')
+        return fine_tune(made, name, 2, 5, 1e-2, runs=tmp_path, **kw)
+    run = start('mine', valid_every=3).run_path
+    rows = pd.read_csv(run/'history.csv')
+    seen = rows.valid_loss.notna()
+    assert seen.tolist() == [True, True, False, False, True, False, True] and rows.train_loss.notna().all()
+    assert rows.accuracy.notna().equals(seen)
+    metrics = json.loads((run/'metrics.json').read_text())
+    assert metrics['best']['accuracy'] == rows.accuracy.max() and metrics['last']['epoch'] == 7
+    refuses('valid_every was 3 and is 1', start, 'mine', resume=True)
+    assert len(compare_runs(runs=tmp_path)[0]) == 1
+
+
+def test_patience_counts_validated_epochs():
+    found = [(1., .5), (None, None), (2., .4), (None, None), (3., .3)]
+    rows = [dict(cycle=1, valid_loss=loss, accuracy=score) for loss, score in found]
+    assert [is_patience_over(rows[:i], 'accuracy', 2) for i in range(1, 6)] == [False]*4 + [True]
