@@ -32,7 +32,7 @@ def resnet_fine_tune(
     source:str=None, # a dataset that resnet_data list names, a folder, an archive or its address
     *,
     data:str=None, # folder or archive, in place of the name or as its local copy
-    recipe:str=None, # S1 to S5, as published, or scratch, places, mnist, dogs, birds; flags win
+    recipe:str=None, # S1 to S5, scratch, places, mnist, dogs, birds, quick; flags win
     seed:int=42, # of every random generator
     device:str=None, # cpu, cuda, cuda:1, mps (default: the best there is)
     workers:int=None, # processes that load images (default: one a core, at most 8)

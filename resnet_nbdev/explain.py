@@ -19,6 +19,7 @@ from .images import open_image
 from .predictions import _loader, _logits, _looking, _short
 from .predictions import class_table, confident_errors, confusion, most_confused
 from .predictions import plot_confusion, predictions, show_predictions
+from .probes import PooledStages
 
 # %% ../nbs/40_explain.ipynb #98ec46d7
 _all_ = ['class_table', 'confident_errors', 'confusion', 'most_confused', 'plot_confusion',
@@ -27,10 +28,12 @@ _all_ = ['class_table', 'confident_errors', 'confusion', 'most_confused', 'plot_
 # %% ../nbs/40_explain.ipynb #c111f412
 def find_layer(
     model:nn.Module,
-    layer=None # a module of `model`, or its name, such as 'body.layer3'; None: 'body'
+    layer=None # a module of `model`, or its name, such as 'body.layer3'; None: the last maps
 ) -> nn.Module:
     "A layer by its name"
     if isinstance(layer, nn.Module): return layer
+    if layer is None and isinstance(getattr(model, 'body', None), PooledStages):
+        return list(model.body)[-1] # the body itself puts out averages
     try: return model.get_submodule(layer or 'body')
     except AttributeError:
         known = ', '.join(n for n,_ in model.named_modules() if n and n.count('.') < 2)

@@ -111,18 +111,27 @@ def roll_forward(folder:Path, files:dict):
         os.replace(part, path)
     for o in folder.rglob('.*.part'): o.unlink()
 
-# %% ../nbs/31_folders.ipynb #cd0b7479
+# %% ../nbs/31_folders.ipynb #1c101c05
+def _with_defaults(same): # what older versions did not write
+    learner = same.get('learner')
+    if isinstance(learner, dict):
+        learner = dict(learner)
+        if isinstance(learner.get('plan'), dict):
+            learner['plan'] = {'taps': 0, 'probe': False, **learner['plan']}
+        if learner.get('precision') == 'auto': learner['precision'] = 'fp32'
+    return {'valid_every': 1, **same, 'learner': learner}
+
+# %% ../nbs/31_folders.ipynb #bd3d336f
 def run_identity(config:dict) -> dict:
     "The part of a run's configuration that a continuation must share"
     keys = ('arch', 'learner', 'cycles', 'monitor', 'average', 'patience', 'seed', 'ranks',
-            'sync_bn',
-            'callbacks', 'workers', 'data')
+            'sync_bn', 'callbacks', 'workers', 'data')
     same = {k: config.get(k) for k in keys}
-    same['valid_every'] = config.get('valid_every', 1)
+    if 'valid_every' in config: same['valid_every'] = config['valid_every']
     # where a copy lies, and where pixels are held, changes nothing
     if isinstance(same['data'], dict):
         same['data'] = {k: v for k,v in same['data'].items() if k not in ('name', 'hold')}
-    return as_plain(same)
+    return as_plain(_with_defaults(same))
 
 # %% ../nbs/31_folders.ipynb #0d51b57f
 def config_differences(old, new, at:str='') -> list: # sentences
@@ -206,7 +215,7 @@ def _stored_state(path, config): # None: no epoch was finished
     state = read_state(file)
     if not isinstance(state, dict) or not {'config', 'learner', 'ranks', 'files'} <= state.keys():
         raise InputError(f'{path}/state.safetensors is not the state of a run')
-    refuse_other(file, current_names(state['config']), run_identity(config))
+    refuse_other(file, _with_defaults(current_names(state['config'])), run_identity(config))
     roll_forward(path, state['files'])
     return state
 

@@ -29,7 +29,7 @@ from .weights import load_weights
 
 # %% ../nbs/24_learner.ipynb #09670b9b
 def nesterov_step(p, lr:float, mom:float, grad_avg, **kwargs):
-    "A step along the gradient and the average that it will be part of next"
+    "A step along the gradient and the sum that it has become part of"
     p.data.add_(p.grad.data, alpha=-lr).add_(grad_avg, alpha=-lr*mom)
 
 # %% ../nbs/24_learner.ipynb #9c049f6b
@@ -97,8 +97,6 @@ class ProgressiveSize(Callback):
             smaller = F.interpolate(self.x, size=size, mode='bilinear', antialias=True,
                                     align_corners=False)
             self.learn.xb = (smaller, *self.xb[1:])
-    def after_fit(self):
-        if hasattr(self.dls.train, 'size_of'): self.dls.train.size_of = None
 
 # %% ../nbs/24_learner.ipynb #dc33d06d
 def top_accuracy_of(k:int, classes:int): # a fastai metric called top_k
@@ -109,21 +107,20 @@ def top_accuracy_of(k:int, classes:int): # a fastai metric called top_k
     score.__name__ = f'top_{k}'
     return AvgMetric(score)
 
-# %% ../nbs/24_learner.ipynb #1a4b4104
+# %% ../nbs/24_learner.ipynb #d3bd2285
+def _forward_in_bf16(model, *args, **kw): # in place of `forward`, for one pass
+    try:
+        with torch.autocast('cpu', torch.bfloat16): return type(model).forward(model, *args, **kw)
+    finally: model.__dict__.pop('forward', None)
+
+# %% ../nbs/24_learner.ipynb #bb6b9055
 class CPUMixedPrecision(Callback):
     "The forward pass in bf16, on a processor"
-    order,hooks = MixedPrecision.order,()
+    order,in_bf16 = MixedPrecision.order,partial(_forward_in_bf16, None)
     def before_batch(self):
-        self.forget()
-        self.autocast = torch.autocast('cpu', torch.bfloat16)
-        self.hooks = [self.model.register_forward_pre_hook(self.enter),
-                      self.model.register_forward_hook(self.leave, always_call=True)]
-    def enter(self, *_): self.autocast.__enter__()
-    def leave(self, *_):
-        self.autocast.__exit__(None, None, None)
-        self.forget()
-    def forget(self):
-        for o in self.hooks: o.remove()
+        model = self.model
+        if self.in_bf16.args[0] is not model: self.in_bf16 = partial(_forward_in_bf16, model)
+        model.forward = self.in_bf16
     def after_pred(self): self.learn.pred = to_float(self.pred)
 
 # %% ../nbs/24_learner.ipynb #de402685
@@ -212,7 +209,7 @@ def resnet_learner(
     plan = find_plan(plan).but(**{k: v for k,v in network.not_none().items() if k in kw})
     model = _network(dls, arch, weights, plan)
     _check_sizes(model, dls, tools.progressive)
-    if plan.probe: feature_network(model),check_probe(dls, len(plan.cycles) == 1)
+    if plan.probe: feature_network(model),check_probe(dls, plan.is_probe, tools)
     cbs,loss = training_tools(tools, device, plan.bn)
     metrics = [accuracy, *([top_accuracy_of(tools.top_k, len(dls.vocab))] if tools.top_k else [])]
     rest = {k: v for k,v in kw.items() if k not in NetworkOptions.names() + ToolOptions.names()}

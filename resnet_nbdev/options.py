@@ -245,11 +245,11 @@ class RunOptions(ScheduleOptions):
         unset='accuracy, or valid_loss without one')
     valid_every:int = option(1, 'validate after the first epoch, after every so many, and after '
         'the last of each cycle', whole_number(1))
-    patience:int = option(0, 'end a cycle after so many epochs without a better one; 0: never',
-        whole_number())
+    patience:int = option(0, 'end a cycle after so many validated epochs without a better one; '
+        '0: never', whole_number())
     average:int = option(0, 'average the weights of so many last epochs; 0: none', whole_number())
     scale_lr:str|None = option(None, 'rule for several processes: none, linear, sqrt',
-        _rule, unset='linear for sgd, else sqrt')
+        _rule, unset='linear for sgd and nesterov, else sqrt')
     sync_bn:bool = option(False, 'normalise over the batches of all processes, on GPUs')
     tensorboard:bool = option(False, 'write files for TensorBoard, too')
     json_lines:bool = option(False, 'print a line of JSON for each epoch, and nothing else',

@@ -106,6 +106,10 @@ class Plan:
                              f"{', '.join(o.name for o in fields(self))}")
         return replace(self, **changes)
 
+    @property
+    def is_probe(self) -> bool: # nothing is trained after the probe
+        return self.probe and len(self.cycles) == 1
+
 # %% ../nbs/23_plans.ipynb #8ab205eb
 PLANS = dict(
     all=Plan('from scratch, or many images unlike the old ones: retrain everything',
@@ -134,6 +138,8 @@ def find_plan(
 ) -> Plan:
     "A plan by its name, or as it is"
     if isinstance(plan, Plan): return plan
+    if not isinstance(plan, str):
+        raise InputError(f'a plan is a name or a `Plan`, and not a {type(plan).__name__}')
     name = plan.removeprefix('probe+')
     if name not in PLANS:
         raise InputError(f"unknown plan {name!r}: it is one of {', '.join(PLANS)}")

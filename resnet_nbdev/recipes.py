@@ -7,13 +7,13 @@ __all__ = ['RECIPES', 'OWN', 'find_recipe', 'complete_recipe', 'recipe_plan', 'c
            'run_recipe']
 
 # %% ../nbs/34_recipes.ipynb #6fefed7b
-import io, time
+import io, math, time
 from contextlib import ExitStack, redirect_stdout
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
 import torch
-from fastai.vision.all import Learner, set_seed
+from fastai.vision.all import Learner, default_device, norm_bias_params, set_seed
 from .catalogue import PLAIN, settings_of
 from .core import InputError, check_counts
 from .data import get_data
@@ -26,7 +26,7 @@ from .options import DataOptions, NetworkOptions, RunOptions, ScheduleOptions
 from .options import ToolOptions, takes
 from .plans import Plan, build_network, find_plan, group_rates, plan_cycles
 from .plans import stage_groups
-from .probes import feature_network, learner_autocast
+from .probes import check_unused, feature_network, learner_autocast
 from .resident import resident_data
 from .resnet import create_resnet
 from .training import fine_tune
@@ -64,7 +64,7 @@ RECIPES |= dict(
     birds=dict(RECIPES['S5'], plan='discriminative', precision='auto', resident=True,
                freeze_epochs=3, epochs=10, base_lr=1.5e-3, lr_mult=1000, label_smoothing=0.1,
                wd=0.01, ema=0.99, monitor='accuracy'))
-# for two cores: chosen on a tenth of the training images
+# for two cores; settings were chosen with holdout=0.1, and the rate peaks at half of base_lr
 RECIPES['quick'] = dict(
     source='imagenette_160', arch='resnet20d', plan='all', resident=True, presize=160, resize=144,
     augment=dict(PLAIN, hflip=0.5, min_scale=0.35), bs=32, opt='nesterov', wd=5e-3,
@@ -94,7 +94,7 @@ def complete_recipe(recipe:dict) -> dict:
     if not (source or recipe.get('data')):
         raise InputError('a recipe needs a source, the name of a dataset or a folder')
     conf = settings_of(source)
-    if recipe.get('plan') == 'probe': recipe = {'augment': PLAIN, **recipe}
+    if find_plan(recipe.get('plan') or 'all').is_probe: recipe = {**recipe, 'augment': PLAIN}
     return {**{k: conf[k] for k in ('arch', 'freeze_epochs', 'epochs', 'base_lr', 'bs')},
             'plan': 'all', 'precision': 'auto', **recipe}
 
@@ -139,9 +139,13 @@ def check_recipe(
     DataOptions.pick(r)
     tools,run = ToolOptions.pick(r),RunOptions.pick(r)
     check_counts(0, workers=r.get('workers'))
-    _check_network(r, recipe_plan(r))
+    plan,size = recipe_plan(r),r.get('resize') or settings_of(r.get('source'))['resize']
+    _check_network(r, plan)
+    if plan.is_probe: check_unused(tools)
+    if (largest := max(tools.progressive, default=0)) > size:
+        raise InputError(f'progressive has {largest} pixels, and the images {size}')
     _check_monitor(tools, run)
-    pick_precision(tools.precision or 'fp32', device or 'cpu')
+    pick_precision(tools.precision or 'fp32', device)
 
 # %% ../nbs/34_recipes.ipynb #f8e8ea6b
 def _recipe_data(r, device): # DataLoaders
@@ -159,45 +163,59 @@ def _run_name(r, name, resume, runs):
     if is_main(): run_path(name, runs, resume)
     return name
 
-# %% ../nbs/34_recipes.ipynb #ff769c04
-def _freeze_copy(model, cycle): # as the learner's network will be in this cycle
+# %% ../nbs/34_recipes.ipynb #1091fa7d
+def _freeze_copy(model, cycle, train_bn): # as the learner's network will be in this cycle
     groups = stage_groups(model) if isinstance(model, ResNet) else [list(model.parameters())]
+    norms = {id(p) for p in norm_bias_params(model, False)} if train_bn else ()
     for j,group in enumerate(groups):
-        for p in group: p.requires_grad_(j >= cycle['trains_from'] or len(groups) == 1)
+        is_free = j >= cycle['trains_from'] or len(groups) == 1
+        for p in group: p.requires_grad_(is_free or id(p) in norms)
 
-# %% ../nbs/34_recipes.ipynb #a9efb579
-def _step_seconds(learn, cycle, size): # of a training step, for each image
-    device = torch.device(learn.dls.device or 'cpu')
-    n = max(min(learn.dls.train.bs, 16*144**2//size**2), 2)
-    model = deepcopy(unwrap_ddp(learn.model)).to(device).train()
-    _freeze_copy(model, cycle)
-    with torch.random.fork_rng(devices=[]):
+# %% ../nbs/34_recipes.ipynb #20f83f6a
+def _timed_copy(learn, cycle): # of its network
+    copied = deepcopy(unwrap_ddp(learn.model)).to(learn.dls.device or 'cpu').train()
+    if learn.options['channels_last']: copied = copied.to(memory_format=torch.channels_last)
+    _freeze_copy(copied, cycle, learn.train_bn)
+    return copied
+
+# %% ../nbs/34_recipes.ipynb #71ba530e
+def _step_seconds(learn, cycle, size): # (both passes, forward alone), for each image
+    device,n = torch.device(learn.dls.device or 'cpu'),learn.dls.train.bs
+    if device.type == 'cpu': n = max(min(n, 16*144**2//size**2), 2) # as slow an image, sooner
+    def now():
+        if device.type != 'cpu': torch.accelerator.synchronize()
+        return time.perf_counter()
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+        copied = _timed_copy(learn, cycle)
         x = torch.randn(n, 3, size, size, device=device)
-        y = torch.randint(len(learn.dls.vocab), (len(x),), device=device)
+        y = torch.randint(len(learn.dls.vocab), (n,), device=device)
         for _ in range(2): # the first one is slower
-            start = time.perf_counter()
-            with learner_autocast(learn): out = model(x)
+            start = now()
+            with learner_autocast(learn): out = copied(x)
+            between = now()
             learn.loss_func(out.float(), y).backward()
-            if device.type == 'cuda': torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - start
-    return seconds/len(x)
+            end = now()
+    return (end - start)/n, (between - start)/n
 
-# %% ../nbs/34_recipes.ipynb #37f341a7
+# %% ../nbs/34_recipes.ipynb #be9ef013
 def training_seconds(
     learn:Learner, # with data from `get_data`
     cycles:list, # from `plan_cycles`
     valid_every:int=1 # as in `RunOptions`
 ) -> float:
     "About how long these cycles will take, from a step of a copy of the network"
-    images,looks = len(learn.dls.train.dataset),len(learn.dls.valid.dataset)/3
+    images,looks = len(learn.dls.train.dataset),len(learn.dls.valid.dataset)
     size,found = learn.dls.info['resize'],0.
     sizes = learn.options['progressive'] or [size]
     share = sum(o**2 for o in sizes)/len(sizes)/size**2 # of the pixels
+    timed = {}
     for cycle in cycles:
-        seconds,epochs = _step_seconds(learn, cycle, size),cycle['epochs']
-        if cycle['kind'] == 'probe': epochs = 1/3 # forwards only
-        found += seconds*(epochs*images*share + (int(epochs)//valid_every + 1)*looks)
-    return found
+        at,epochs = cycle['trains_from'],cycle['epochs']
+        if at not in timed: timed[at] = _step_seconds(learn, cycle, size)
+        step,forward = timed[at]
+        if cycle['kind'] == 'probe': found += forward*(images + 2*looks)
+        else: found += step*epochs*images*share + forward*looks*math.ceil(epochs/valid_every)
+    return found/ranks()
 
 # %% ../nbs/34_recipes.ipynb #70c89a80
 def about(seconds:float) -> str:
@@ -239,7 +257,7 @@ def run_recipe(
                          **{k: v for k,v in changes.items() if v is not None}})
     if not 0 <= seed < 2**32:
         raise InputError(f'the seed must lie between 0 and {2**32-1}, and is {seed}')
-    check_recipe(r, device)
+    check_recipe(r, device or default_device())
     name,device = _run_name(r, name, resume, runs),join(device)
     set_seed(seed)
     with ExitStack() as quiet:

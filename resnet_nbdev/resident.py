@@ -273,7 +273,8 @@ class _Batches:
 
     def create_batches(self, samps):
         batches = chunked(samps, self.bs, self.drop_last)
-        return _keep_ahead(self._start, self._finish, batches, self.threads)
+        try: yield from _keep_ahead(self._start, self._finish, batches, self.threads)
+        finally: self.size_of = None # it was for this pass
 
 # %% ../nbs/19_resident.ipynb #1a024c50
 class ResidentDL(_Batches, TfmdDL):

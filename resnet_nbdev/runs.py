@@ -49,7 +49,9 @@ def _run_history(path, metric):
 def _plot_histories(histories, metric): # {name of the run: its history}
     fig,ax = plt.subplots(figsize=(7, 3.5), layout='constrained')
     for name,h in histories.items():
-        ax.plot(h.epoch, h[metric], marker='o' if len(h) < 30 else None, ms=3, label=name)
+        seen = h.dropna(subset=metric)
+        marker = 'o' if len(seen) < 30 else None
+        ax.plot(seen.epoch, seen[metric], marker=marker, ms=3, label=name)
     ax.set(xlabel='epoch', ylabel=metric)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 import numpy as np, pandas as pd
-from fastai.vision.all import CancelEpochException, Learner
+from fastai.vision.all import CancelEpochException, Learner, TrackerCallback
 from .checkpoints import read_tensor_file, set_learner_state, set_random_state
 from .core import InputError
 from .devices import describe_device
@@ -39,6 +39,10 @@ def open_tensorboard(folder:Path, step:int): # TensorBoard's writer
 def _monitor(learn, o): # the metric of the best epoch
     if o.average and hasattr(learn, 'weight_average'):
         raise InputError('choose one average: ema, or that of last epochs')
+    trackers = [cb.name for cb in learn.cbs if isinstance(cb, TrackerCallback)]
+    if o.valid_every > 1 and trackers:
+        names = ', '.join(trackers)
+        raise InputError(f'{names} looks at every validation: leave out valid_every')
     names = ['train_loss', 'valid_loss', *learn.metrics.attrgot('name')]
     monitor = o.monitor or ('accuracy' if 'accuracy' in names else 'valid_loss')
     if monitor not in names:

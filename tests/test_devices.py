@@ -93,11 +93,29 @@ def test_bf16_from_the_first_layer_to_the_loss():
     assert probs.dtype == watch.outside == torch.float32
 
 
-def test_a_pass_that_breaks_off_leaves_autocast():
+@pytest.mark.parametrize('error', [ZeroDivisionError, KeyboardInterrupt])
+def test_a_pass_that_breaks_off_leaves_autocast(error):
+    "And the network as it was: outside of the training it computes in fp32"
     made = learner(precision='bf16')
-    made.model.head.register_forward_hook(lambda *_: 1/0)
-    with pytest.raises(ZeroDivisionError): made.fit(1)
-    assert not torch.is_autocast_enabled('cpu')
+    def stop(*_): raise error
+    hook = made.model.head.register_forward_hook(stop)
+    with pytest.raises(error): made.fit(1)
+    assert not torch.is_autocast_enabled('cpu') and 'forward' not in made.model.__dict__
+    hook.remove()
+    assert made.model(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize('which', range(3))
+def test_a_layer_that_gives_nan_is_wrong(which, monkeypatch):
+    "In its output or in one of its gradients, in one memory format only"
+    real = devices._computed
+    def broken(layer, x, bf16):
+        parts = real(layer, x, bf16)
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        if bf16 and not last and len(parts) > which: parts[which] = parts[which]*float('nan')
+        return parts
+    monkeypatch.setattr(devices, '_computed', broken)
+    assert 'conv 3x3' in devices.wrong_layers.__wrapped__()
 
 
 @pytest.mark.parametrize('device', ['toaster', 'cuda:99', 'xpu', 'hpu', 'mps:x'])

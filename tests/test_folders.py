@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from resnet_nbdev.core import InputError
-from resnet_nbdev.folders import run_path
+from resnet_nbdev.folders import config_differences, run_identity, run_path
 
 from conftest import SMALL, refuses
 from forked import BASE, STOCK, UNPRIVILEGED, check_same, go_on, names, sentence, snapshot
@@ -162,3 +162,11 @@ def test_orphaned_workers_do_not_hold_the_run(tune, whole, tmp_path):
     changes = dict(resident=False, workers=2)
     assert tune(tmp_path, kills=[('training 2', 2)], **changes).wait().code == -signal.SIGKILL
     go_on(tune, tmp_path/'runs'/'mine', whole(**changes), **changes)
+
+
+def test_what_older_versions_did_not_write():
+    "Is what they did: no probe, no taps, each epoch validated, `auto` without bf16"
+    new = dict(learner=dict(plan=dict(cut=0, taps=0, probe=False), precision='fp32'), valid_every=1)
+    old = dict(learner=dict(plan=dict(cut=0), precision='auto'))
+    assert config_differences(run_identity(old), run_identity(new)) == []
+    assert config_differences(run_identity(old), run_identity({**new, 'valid_every': 3}))

@@ -118,6 +118,15 @@ def test_the_resident_loader_makes_small_images_at_once(threads, folder):
         torch.testing.assert_close(one, want, rtol=0, atol=0.02)
 
 
+def test_an_interrupted_training_leaves_the_loader_its_size(folder):
+    dls = resident_data(folder, 16, 4, presize=20)
+    def stop(learn):
+        if learn.training: raise KeyboardInterrupt
+    made = learner(dls=dls, progressive=(8, 16), cbs=Watch('after_batch', stop))
+    with pytest.raises(KeyboardInterrupt): fit(made, 1, 1e-3)
+    assert dls.one_batch()[0].shape[-1] == 16
+
+
 def test_no_size_above_that_of_the_images(folder):
     refuses('progressive has 24 pixels, and the images 16', learner, dls=resident_data(folder, 16, 4, presize=20),
             progressive=(8, 24))

@@ -1,5 +1,6 @@
 """Probes: features computed once, a head fitted to them, and a run like any other."""
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from resnet_nbdev.catalogue import PLAIN
 from resnet_nbdev.data import get_data
+from resnet_nbdev.explain import feature_maps, grad_cam
 from resnet_nbdev.export import export_run
 from resnet_nbdev.learner import resnet_learner
 from resnet_nbdev.plans import PLANS, build_network, find_plan, plan_cycles, run_cycle
@@ -147,6 +149,20 @@ def test_a_probe_is_a_run(taps, folder, tiny, tmp_path):
     assert torch.equal(fine.model.body.layer1[0].conv1.weight, model.body.layer1[0].conv1.weight)
 
 
+def test_the_average_has_the_fitted_head(folder, tiny, tmp_path):
+    recipe = dict(data=str(folder), arch='tiny', plan='probe', presize=48, resize=48, bs=4, workers=0, ema=.9)
+    learn = run_recipe(recipe, 'mine', runs=tmp_path, json_lines=True)
+    averaged, _ = load_run(learn.run_path, 'average')
+    assert torch.equal(averaged.head.fc.weight, learn.model.head.fc.weight)
+
+
+def test_maps_of_a_network_that_reads_several_stages(tiny):
+    "Are those of its last stage, not the averages"
+    model = build_network('tiny', 2, taps=3)
+    images = torch.zeros(1, 3, 96, 96)
+    assert feature_maps(model, images).shape[-2:] == grad_cam(model, images, 0).shape[-2:] == (3, 3)
+
+
 # refused
 
 def test_what_cannot_be_probed(folder, dls, tmp_path, tiny):
@@ -160,4 +176,9 @@ def test_what_cannot_be_probed(folder, dls, tmp_path, tiny):
             runs=tmp_path)
     refuses('one class, grey: two are needed', get_data, shades(tmp_path/'one', grey=99))
     refuses('only one', check_probe, SimpleNamespace(vocab=['grey']))
+    refuses('no use for mixup', run_recipe, dict(data=str(folder), arch='tiny', plan='probe', mixup=.4), runs=tmp_path)
+    refuses('no use for progressive, label_smoothing', probed, dls, progressive=(16,), label_smoothing=.1)
+    refuses('not finite numbers', fit_head, (torch.full((4, 2), math.nan), torch.arange(4)), 2*(torch.zeros(4, 2),), 4)
+    refuses('training images have only one', fit_head, (torch.zeros(4, 2), torch.zeros(4)), 2*(torch.zeros(4, 2),), 4)
+    refuses('a name or a `Plan`', find_plan, None)
     assert not (tmp_path/'mine').exists()

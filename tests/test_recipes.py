@@ -95,7 +95,8 @@ def test_every_recipe_trains(name, folder, tiny, monkeypatch, tmp_path):
     assert config['arguments'].items() >= {**RECIPES[name], **less}.items()
     assert {k: config[k] for k in ('average', 'monitor')} == \
         dict(average=RECIPES[name].get('average', 0), monitor=RECIPES[name].get('monitor', 'accuracy'))
-    for k in config['learner'].keys() & RECIPES[name].keys() - {'plan', 'weights', 'arch', 'precision', 'opt'} - less.keys():
+    own = {'plan', 'weights', 'arch', 'precision', 'opt', *less}
+    for k in config['learner'].keys() & RECIPES[name].keys() - own:
         assert config['learner'][k] == RECIPES[name][k], k
     assert RECIPES[name].get('opt', 'Adam') in config['learner']['opt']
     assert config['learner']['precision'] == pick_precision(RECIPES[name].get('precision', 'auto'), 'cpu')

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import Callback, Learner
+from fastai.vision.all import Callback, EarlyStoppingCallback, Learner
 from resnet_nbdev.data import get_data
 from resnet_nbdev.recorder import is_patience_over
 from resnet_nbdev.resnet import create_resnet
@@ -113,8 +113,9 @@ def test_json_of_a_finished_run(tune, whole, tmp_path):
 
 def test_validated_after_the_first_epoch_every_so_many_and_the_last(tmp_path):
     "Rows of the others have no validation figures, and none of them is the best"
-    def start(name, **kw):
-        made = learner(dls=get_data('digits', max_per_class=8, bs=16, num_workers=0), plan='discriminative')
+    def start(name, stop=None, **kw):
+        data = get_data('digits', max_per_class=8, bs=16, num_workers=0)
+        made = learner(dls=data, plan='discriminative', cbs=stop)
         return fine_tune(made, name, 2, 5, 1e-2, runs=tmp_path, **kw)
     run = start('mine', valid_every=3).run_path
     rows = pd.read_csv(run/'history.csv')
@@ -124,6 +125,7 @@ def test_validated_after_the_first_epoch_every_so_many_and_the_last(tmp_path):
     metrics = json.loads((run/'metrics.json').read_text())
     assert metrics['best']['accuracy'] == rows.accuracy.max() and metrics['last']['epoch'] == 7
     refuses('valid_every was 3 and is 1', start, 'mine', resume=True)
+    refuses('early_stopping looks at every validation', start, 'other', valid_every=2, stop=EarlyStoppingCallback())
     assert len(compare_runs(runs=tmp_path)[0]) == 1
 
 

@@ -2,7 +2,8 @@
 
 NAME is one of RUNS below. Every run is a process of its own, as a user would start it, from images that are decoded
 already. A run that was cut off goes on where it was, and one that is finished is not trained again; so the same command
-may be given until all seeds are done. The runs lie in $RESNET_RUNS (by default runs/), the images in $RESNET_DATA.
+may be given until all seeds are done. The seconds are those of the whole process; of a run that was cut off, the sum of
+its epochs, without the processor's. The runs lie in $RESNET_RUNS (by default runs/), the images in $RESNET_DATA.
 Written is nbs/results/imagenette_NAME.json: accuracy after the last epoch, never that of the best one.
 """
 import json
@@ -21,8 +22,8 @@ from resnet_nbdev.results import save_result
 root = Path(__file__).resolve().parents[1]
 RUNS = dict(quick=dict(recipe='quick'), s1_128=dict(recipe='S1', source='imagenette_160', presize=160, resize=128,
                                                     resident=True, precision='auto'))
-COPY = ('Imagenette2-160, 9,469 training and 3,925 validation photos, in a copy whose photos are squashed to 160x160 pixels '
-        'and saved as JPEG of quality 75')
+COPY = ('Imagenette2-160, 9,469 training and 3,925 validation photos, in a copy whose photos are squashed to 160x160 '
+        'pixels and saved as JPEG of quality 75')
 
 
 def flags(changes):
@@ -34,22 +35,26 @@ def flags(changes):
 def train(name, seed, store):
     "One run, to its end; its wall and processor seconds, those of earlier parts of it added"
     run, spent = f'{name}-{seed}', store/f'{name}-{seed}.spent.json'
-    before = read_json(spent) if spent.exists() else dict(seconds=0., processor=0., parts=0, load=os.getloadavg()[0])
+    before = read_json(spent) if spent.exists() else dict(parts=0, load=os.getloadavg()[0])
     if before.get('finished'): return before
+    before['parts'] += 1
+    write_json(spent, before)
     command = ['resnet_fine_tune', *flags(RUNS[name]), '--data', os.environ['RESNET_DATA'], '--seed', seed,
                '--name', run, '--runs', store, '--resume']
     start, used = perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([Path(sys.executable).parent/command[0], *map(str, command[1:])])
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    found = dict(before, seconds=before['seconds'] + perf_counter() - start, parts=before['parts'] + 1,
-                 processor=before['processor'] + processor, finished=done.returncode == 0)
-    write_json(spent, found)
     if done.returncode: sys.exit(done.returncode)
+    found = dict(before, finished=True, seconds=perf_counter() - start, processor=processor)
+    if before['parts'] > 1: found |= dict(seconds=read_json(store/run/'metrics.json')['seconds'], processor=None)
+    write_json(spent, found)
     return found
 
 
-def spread(values): return dict(mean=sum(values)/len(values), low=min(values), high=max(values), seeds=values)
+def spread(values):
+    known = [o for o in values if o is not None] or [float('nan')]
+    return dict(mean=sum(known)/len(known), low=min(known), high=max(known), seeds=values)
 
 
 def write(name, seeds, spent, store):
@@ -60,9 +65,9 @@ def write(name, seeds, spent, store):
                   parameters=config['parameters'])
     loads = ', '.join(f"{o['load']:.1f}" for o in spent)
     save_result(root/'nbs'/'results'/f'imagenette_{name}.json',
-                f"Imagenette by the recipe {RUNS[name]['recipe']}: accuracy after the last epoch, and seconds of the whole "
-                'command, from decoded images on', values, f'python -m tools.measure {name} {len(seeds)}', 'cpu', data=COPY,
-                code=['create_resnet', 'resident_data', 'run_recipe'], seeds=seeds,
+                f"Imagenette by the recipe {RUNS[name]['recipe']}: accuracy after the last epoch, and seconds of the "
+                'whole command, from decoded images on', values, f'python -m tools.measure {name} {len(seeds)}', 'cpu',
+                data=COPY, code=['create_resnet', 'resident_data', 'run_recipe'], seeds=seeds,
                 spread='mean, lowest and highest of the seeds',
                 note=f'load average of the machine when each run began: {loads}')
     print(json.dumps(values, indent=1))
