@@ -30,6 +30,7 @@ from .warps import *
 from .resident import *
 from .devices import *
 from .distributed import *
+from .probes import *
 from .plans import *
 from .learner import *
 from .predictions import *
