@@ -6,7 +6,8 @@ import pytest
 
 def test_benchmarks(refused_here, tmp_path):
     bench = lambda *args, says: refused_here('resnet_bench', *args, says=says)
-    bench('speed', says=["unknown benchmark 'speed'", "'model', 'data', 'train', 'strides', 'allreduce', 'compile' or 'precision'"])
+    bench('speed', says=["unknown benchmark 'speed'",
+                         "'model', 'data', 'train', 'strides', 'allreduce', 'compile' or 'precision'"])
     bench('model', '--arch', 'cifar_resnet8', says=['torchvision has no cifar_resnet8'])
     for o in ('model', 'allreduce', 'compile'):
         bench(o, '--arch', 'resnet35', says=["unknown arch 'resnet35'"])
