@@ -279,6 +279,14 @@ def train_bench(
     return in_turns({'fixed batch': rate(fixed, ours), 'resident': rate(resident, ours),
                      'stock': rate(stock, ours), **others, 'resident alone': alone}, rounds)
 
+# %% ../nbs/61_timing.ipynb #a084ba13
+def _random_case(arch, classes, size, bs, rounds, device): # (network, images, labels)
+    check_counts(size=size, bs=bs, rounds=rounds)
+    net = create_resnet(arch, classes)
+    net.check_size(size, size)
+    x,y = torch.randn(bs, 3, size, size),torch.randint(classes, (bs,))
+    return net.to(device), x.to(device), y.to(device)
+
 # %% ../nbs/61_timing.ipynb #fa71dbb6
 # a function; `run` is the model, perhaps compiled
 def _training_step(model, run, x, y, bf16=False):
@@ -306,11 +314,8 @@ def compile_bench(
     device='cpu'
 ) -> tuple: # (seconds of compiling, seconds of a step: a row for each round; eager, compiled)
     "A training step as it is and by `torch.compile`, in turns"
-    check_counts(size=size, bs=bs, rounds=rounds)
-    net = create_resnet(arch, 1000)
-    net.check_size(size, size)
-    x,y = torch.randn(bs, 3, size, size, device=device),torch.randint(1000, (bs,), device=device)
-    eager,copied = net.to(device),deepcopy(net).to(device)
+    eager,x,y = _random_case(arch, 1000, size, bs, rounds, device)
+    copied = deepcopy(eager)
     steps = dict(eager=_training_step(eager, eager, x, y),
                  compiled=_training_step(copied, torch.compile(copied), x, y))
     with (tempfile.TemporaryDirectory() as tmp,
@@ -336,10 +341,7 @@ def precision_bench(
     device='cpu'
 ) -> pd.DataFrame: # seconds of a step: a row for each round; fp32, ..., 'bf16, channels_last'
     "A training step by precision and memory format, in turns"
-    check_counts(size=size, bs=bs, rounds=rounds)
-    net = create_resnet(arch, 10).to(device)
-    net.check_size(size, size)
-    x,y = torch.randn(bs, 3, size, size, device=device),torch.randint(10, (bs,), device=device)
+    net,x,y = _random_case(arch, 10, size, bs, rounds, device)
     steps = {}
     for bf16 in (False, True):
         for order in (torch.contiguous_format, torch.channels_last):
