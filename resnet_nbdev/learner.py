@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'nesterov_step', 'sgd_nesterov', 'ema_rule', 'WeightAverage', 'MaxNorm', 'ProgressiveSize',
            'top_accuracy_of', 'CPUMixedPrecision', 'mixed_precision', 'resolve_auto', 'training_tools', 'name_of',
-           'resnet_learner']
+           'check_progressive', 'resnet_learner']
 
 # %% ../nbs/24_learner.ipynb #e93c5694
 from dataclasses import asdict, replace
@@ -185,12 +185,21 @@ def _network(dls, arch, weights, plan): # a network by its name, or a model as i
     if weights is not None: load_weights(arch, weights)
     return arch
 
-# %% ../nbs/24_learner.ipynb #f6785926
+# %% ../nbs/24_learner.ipynb #7a947438
+def check_progressive(
+    sizes, # of training images, in pixels
+    size:int|None # of the images as they are loaded; None: not known
+):
+    "Raise `InputError` for a size that the images do not have"
+    largest = max(sizes, default=0)
+    if size and largest > size:
+        raise InputError(f'progressive has {largest} pixels, and the images {size}: '
+                         'choose a larger resize')
+
+# %% ../nbs/24_learner.ipynb #beacef64
 def _check_sizes(model, dls, progressive): # before training
     size = getattr(dls, 'info', {}).get('resize')
-    if size and max(progressive, default=0) > size:
-        raise InputError(f'progressive has {max(progressive)} pixels, and the images {size}: '
-                         'choose a larger resize')
+    check_progressive(progressive, size)
     if not isinstance(model, ResNet): return
     for o in filter(None, (size, *progressive)): model.check_size(o, o)
 

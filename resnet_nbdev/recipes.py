@@ -20,7 +20,7 @@ from .data import get_data
 from .devices import pick_precision
 from .distributed import is_main, join, ranks, unwrap_ddp
 from .folders import free_name, run_path
-from .learner import name_of, resnet_learner
+from .learner import check_progressive, name_of, resnet_learner
 from .networks import ResNet
 from .options import DataOptions, NetworkOptions, RunOptions, ScheduleOptions
 from .options import ToolOptions, takes
@@ -142,8 +142,7 @@ def check_recipe(
     plan,size = recipe_plan(r),r.get('resize') or settings_of(r.get('source'))['resize']
     _check_network(r, plan)
     if plan.is_probe: check_unused(tools)
-    if (largest := max(tools.progressive, default=0)) > size:
-        raise InputError(f'progressive has {largest} pixels, and the images {size}')
+    check_progressive(tools.progressive, size)
     _check_monitor(tools, run)
     pick_precision(tools.precision or 'fp32', device)
 
@@ -231,13 +230,13 @@ def _say_start(r, learn, device, resume):
     start = f"with {name_of(r['weights'])} weights" if r.get('weights') else 'from scratch'
     others = f' and {ranks()-1} more' if ranks() > 1 else ''
     schedule = {k: r[k] for k in ScheduleOptions.names() if k in r}
-    time = ''
+    how_long = ''
     if not resume:
         cycles = plan_cycles(learn, **schedule)
-        time = ': ' + about(training_seconds(learn, cycles, r.get('valid_every', 1)))
+        how_long = ': ' + about(training_seconds(learn, cycles, r.get('valid_every', 1)))
     print(f"{info['train']:,} training and {info['val']:,} validation images of "
           f"{len(learn.dls.vocab)} classes, {info['resize']} px, {r['arch']} {start} on "
-          f"{device}{others} in {precision}{time}", flush=True)
+          f"{device}{others} in {precision}{how_long}", flush=True)
 
 # %% ../nbs/34_recipes.ipynb #36e644ad
 @takes(DataOptions, NetworkOptions, ToolOptions, RunOptions)
